@@ -1,0 +1,103 @@
+"""The public call: the loss of a frozen head by chunks of tokens, with its gradient in one pass."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CHUNK = 128  # tokens whose logits exist at one time: 128 x 49,152 float32 are 25 MB
+PIECE = 4096  # a product over a whole vocabulary runs at half speed on a CPU (docs/log.md)
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over the counted targets, float32 scalars."""
+
+    loss: Float[Array, ""]  # of -log p(label), in nats
+    right: Float[Array, ""]  # targets whose logit is the largest
+
+
+def cross_entropy(
+    x: Float[Array, "T D"], head: Float[Array, "V D"], labels: Int[Array, " T"]
+) -> CrossEntropy:
+    """Sum of -log softmax(x head^T)[label] over the labels that are not negative.
+
+    The head is frozen, so the gradient with respect to x is known as soon as the logits are:
+    differentiating computes both in one pass over chunks of tokens, keeps dx, and never computes
+    the logits again. Log-sum-exp and the sums are float32; products run in x's dtype.
+
+    Args:
+      x: (T, D) hidden states in the compute dtype.
+      head: (V, D) in the same dtype.
+      labels: (T,) int32; negative labels (-100) count neither in the loss nor in the gradient.
+
+    Raises:
+      ValueError: x and head differ in width or dtype.
+    """
+    if x.shape[1] != head.shape[1] or x.dtype != head.dtype:
+        raise ValueError(
+            f"cross_entropy: x is {x.dtype} {x.shape}, head is {head.dtype} {head.shape}; "
+            "the widths and dtypes must be equal"
+        )
+    return chunked(x, head, labels)
+
+
+@jax.custom_vjp
+def chunked(x: Array, head: Array, labels: Array) -> CrossEntropy:
+    return over_chunks(x, head, labels, with_gradient=False)[0]
+
+
+def forward(x, head, labels):
+    return over_chunks(x, head, labels, with_gradient=True)
+
+
+def backward(dx, cotangents):
+    return (dx.astype(jnp.float32) * cotangents.loss).astype(dx.dtype), None, None
+
+
+chunked.defvjp(forward, backward)
+
+
+def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
+    """The sums, and d loss / dx (T, D) when it is asked for, chunk after chunk."""
+    tokens, width = x.shape
+    size = min(CHUNK, tokens)
+    count = -(-tokens // size)
+    padding = count * size - tokens
+    xs = jnp.pad(x, ((0, padding), (0, 0))).reshape(count, size, width)
+    ys = jnp.pad(labels, (0, padding), constant_values=-100).reshape(count, size)
+
+    def one(chunk):
+        x, labels = chunk
+        counted = labels >= 0
+        target = jnp.maximum(labels, 0)
+        logits = jax.lax.dot_general(x, head, (((1,), (1,)), ((), ()))).astype(jnp.float32)
+        top = logits.max(axis=1, keepdims=True)
+        exps = jnp.exp(logits - top)
+        total = exps.sum(axis=1, keepdims=True)
+        of_target = jnp.take_along_axis(logits, target[:, None], axis=1)
+        loss = jnp.where(counted, (top + jnp.log(total) - of_target)[:, 0], 0).sum()
+        right = (counted & (of_target >= top)[:, 0]).sum().astype(jnp.float32)
+        sums = CrossEntropy(loss, right)
+        if not with_gradient:
+            return sums, None
+        mean = weighted_rows((exps * (1 / total)).astype(x.dtype), head)
+        dx = mean - head[target].astype(jnp.float32)
+        return sums, jnp.where(counted[:, None], dx, 0).astype(x.dtype)
+
+    sums, dx = jax.lax.map(one, (xs, ys))
+    sums = jax.tree.map(lambda a: a.sum(), sums)
+    return sums, None if dx is None else dx.reshape(-1, width)[:tokens]
+
+
+def weighted_rows(p: Float[Array, "T V"], head: Float[Array, "V D"]) -> Float[Array, "T D"]:
+    """p head in float32, in pieces of the vocabulary."""
+    total = jnp.zeros((p.shape[0], head.shape[1]), jnp.float32)
+    for i in range(0, head.shape[0], PIECE):
+        total += jax.lax.dot_general(
+            p[:, i : i + PIECE],
+            head[i : i + PIECE],
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+    return total

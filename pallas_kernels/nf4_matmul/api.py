@@ -1,0 +1,63 @@
+"""The public call: y = x W^T for a frozen 4-bit W, differentiable with respect to x."""
+
+import jax
+from jaxtyping import Array, Float, UInt8
+
+from pallas_kernels import backends
+from pallas_kernels.nf4_matmul import cpu, reference
+from pallas_kernels.nf4_matmul.vjp import frozen_matmul
+from pallas_kernels.nf4_matmul.weight import Weight
+from pallas_kernels.quantize.api import DoubleQuantized
+
+BACKENDS = {"cpu": cpu, "reference": reference}  # in the order in which they are asked
+FORWARD = tuple((name, module.forward) for name, module in BACKENDS.items())
+BACKWARD = tuple((name, module.backward) for name, module in BACKENDS.items())
+LAYOUTS = {"cpu": "halves"}  # the code order that the kernels of a platform want
+
+
+def nf4_matmul(
+    x: Float[Array, "*rows in"],
+    codes: UInt8[Array, "..."],
+    scales: Array | DoubleQuantized,
+    *,
+    shape: tuple[int, int],
+    kind: str = "nf4",
+    block_size: int = 64,
+    layout: str = "bnb",
+    backend: str | None = None,
+) -> Float[Array, "*rows out"]:
+    """x W^T without W in memory for longer than one product; in x's dtype.
+
+        y[m, o] = sum over i of x[m, i] * table[code[o, i]] * scale[(o * in + i) // block_size]
+
+    W is frozen: the gradient is that of x alone, dy W, and dequantizes again.
+
+    Args:
+      x: float32, bfloat16 or float16, any leading axes.
+      codes: uint8, two codes a byte in the order that `layout` names; of one matrix, no layers.
+      scales: float32 per block, or DoubleQuantized.
+      shape: (out, in) of W.
+      kind: the codebook: nf4, fp4 or int4.
+      block_size: weights that share a scale.
+      layout: `bnb`, as bitsandbytes stores it, or what `prepack` made of it.
+      backend: the only one to ask; by default the first that takes the input.
+
+    Raises:
+      ValueError: x's last axis is not W's.
+      Unsupported: the named backend does not take this input, and why.
+    """
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"nf4_matmul: x is {x.shape}, W is {shape}: the last axes must be equal")
+    weight = Weight(codes, scales, tuple(shape), kind, block_size, layout)
+    y = frozen_matmul(x.reshape(-1, shape[1]), weight, FORWARD, BACKWARD, backend)
+    return y.reshape(*x.shape[:-1], shape[0])
+
+
+def explain(x: Array, weight: Weight, backend: str | None = None) -> backends.Choice:
+    """Which backend `nf4_matmul` would choose for rows (M, in), and why not the others."""
+    return backends.explain(FORWARD, x, weight, backend=backend)
+
+
+def preferred_layout() -> str:
+    """The code order that is fastest on the default device: prepack into it once, when loading."""
+    return LAYOUTS.get(jax.default_backend(), "bnb")

@@ -1,0 +1,140 @@
+"""The exact meaning of quantizing in plain jnp, with every rounding where bitsandbytes has it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels.codebooks import DYNAMIC_SIGNED, midpoints, sorted_codes
+
+TINY = np.finfo(np.float32).tiny  # a smaller divisor is a zero where denormals are flushed
+NESTED_BLOCK = 256  # scales that share one nested scale
+STEPS = 65536  # grid on which dynamic codes are looked up
+
+
+class DoubleQuantized(NamedTuple):
+    """Block scales in 8 bits: dynamic map[codes] * absmax + offset.
+
+    Attributes:
+      codes: uint8 (*lead, *blocks), one a block of weights, into DYNAMIC_SIGNED.
+      absmax: float32 (*lead, ceil(n/256)), one for 256 codes flattened.
+      offset: float32 (*lead,), the mean of the scales.
+    """
+
+    codes: Array
+    absmax: Array
+    offset: Array
+
+
+def quantize_4bit(
+    w: Float[Array, "out in"], kind: str, block_size: int
+) -> tuple[UInt8[Array, "*packed"], Float32[Array, "*blocks"]]:
+    """Codes and absmax; flat unless blocks fill the rows."""
+    out, width = w.shape
+    if width % block_size == 0:
+        blocks = w.reshape(out, width // block_size, block_size)
+        codes, absmax = nearest_codes(blocks, kind)
+        return packed(codes.reshape(out, width)), absmax
+    flat = w.reshape(-1)
+    full = flat.size // block_size * block_size
+    codes, absmax = nearest_codes(flat[:full].reshape(-1, block_size), kind)
+    codes = codes.reshape(-1)
+    if flat.size > full:
+        last_codes, last_absmax = nearest_codes_short(flat[full:], kind)
+        codes = jnp.concatenate([codes, last_codes])
+        absmax = jnp.append(absmax, last_absmax)
+    if codes.size % 2:
+        codes = jnp.append(codes, code_of(jnp.zeros((), jnp.float32), kind))
+    return packed(codes), absmax
+
+
+def nearest_codes(
+    blocks: Float[Array, "*blocks size"], kind: str
+) -> tuple[UInt8[Array, "*blocks size"], Float32[Array, "*blocks"]]:
+    """Codes and absmax of whole blocks, scaled by the reciprocal of absmax."""
+    x = blocks.astype(jnp.float32)
+    absmax = jnp.abs(x).max(axis=-1)
+    scaled = x * (1 / jnp.maximum(absmax, TINY))[..., None]
+    return code_of(scaled, kind), absmax
+
+
+def nearest_codes_short(
+    block: Float[Array, " size"], kind: str
+) -> tuple[UInt8[Array, " size"], Float32[Array, ""]]:
+    """Codes and absmax of the short block at the end, which is divided by absmax."""
+    x = block.astype(jnp.float32)
+    absmax = jnp.abs(x).max()
+    return code_of(x / jnp.maximum(absmax, TINY), kind), absmax
+
+
+def code_of(scaled: Float32[Array, "*shape"], kind: str) -> UInt8[Array, "*shape"]:
+    """The code of the codebook value nearest to each number; a tie takes the smaller value.
+
+    One comparison a boundary, each adding the step from one sorted code to the next: nothing of
+    size (n, 16) is built, and no order needs a lookup.
+    """
+    order = sorted_codes(kind)
+    code = jnp.full(scaled.shape, order[0], jnp.uint8)
+    for boundary, step in zip(midpoints(kind), np.diff(order), strict=True):  # steps wrap mod 256
+        code += jnp.where(scaled > boundary, step, np.uint8(0))
+    return code
+
+
+def packed(codes: UInt8[Array, "*rows width"]) -> UInt8[Array, "*rows bytes"]:
+    """Two codes a byte, the first in the high nibble."""
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return pairs[..., 0] << 4 | pairs[..., 1]
+
+
+def double_quantize(absmax: Float32[Array, "*blocks"]) -> DoubleQuantized:
+    """Codes, nested scales and offset of the scales of one matrix."""
+    flat = absmax.reshape(-1)
+    offset = mean(flat)
+    nested_count = -(-flat.size // NESTED_BLOCK)
+    centred = jnp.pad(flat - offset, (0, nested_count * NESTED_BLOCK - flat.size))
+    centred = centred.reshape(nested_count, NESTED_BLOCK)
+    nested = jnp.abs(centred).max(axis=-1)
+    scaled = centred * (1 / jnp.maximum(nested, TINY))[:, None]
+    codes = jnp.where((nested > 0)[:, None], dynamic_code_of(scaled), np.uint8(0))
+    return DoubleQuantized(codes.reshape(-1)[: flat.size].reshape(absmax.shape), nested, offset)
+
+
+def dynamic_code_of(scaled: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """The signed dynamic map's code nearest to each number of [-1, 1], on a grid of STEPS."""
+    grid = np.linspace(-1, 1, STEPS).astype(np.float32)
+    nearest = np.searchsorted((DYNAMIC_SIGNED[:-1] + DYNAMIC_SIGNED[1:]) / 2, grid)
+    step = ((scaled + 1) * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(jnp.int32)
+    return jnp.asarray(nearest.astype(np.uint8))[jnp.clip(step, 0, STEPS - 1)]
+
+
+def mean(x: Float32[Array, " n"]) -> Float32[Array, ""]:
+    """The mean of a vector in float32, each addition in the order in which torch does it.
+
+    Four accumulators of 8 lanes take turns at rows of 8 numbers, in sums of sums of 16; the rows
+    and numbers that are left over, and the lanes, are added one by one.
+    """
+    rows = x[: x.size // 8 * 8].reshape(-1, 8)
+    turns = rows[: len(rows) // 4 * 4].reshape(-1, 4, 8)
+    lanes = cascade(turns)
+    lanes = in_order(jnp.concatenate([lanes[:1], rows[4 * len(turns) :], lanes[1:]]))
+    total = in_order(jnp.concatenate([x[rows.size :], lanes]))
+    # A constant divisor would become a product with its rounded reciprocal.
+    return total / jax.lax.optimization_barrier(jnp.float32(max(x.size, 1)))
+
+
+def cascade(x: Float32[Array, "n *lanes"]) -> Float32[Array, "*lanes"]:
+    """Sum over the first axis: groups of 16, their sums by 16, those by 16, and the rest."""
+    sums = []
+    for _ in range(3):
+        groups = len(x) // 16
+        sums.append(in_order(x[16 * groups :]))
+        x = in_order(x[: 16 * groups].reshape(groups, 16, *x.shape[1:]).swapaxes(0, 1))
+    return in_order(jnp.stack([*sums, in_order(x)]))
+
+
+def in_order(x: Float32[Array, "n *lanes"]) -> Float32[Array, "*lanes"]:
+    """Sum over the first axis, one after the other, from zero."""
+    zero = jnp.zeros(x.shape[1:], x.dtype)
+    return jax.lax.scan(lambda total, row: (total + row, None), zero, x)[0]

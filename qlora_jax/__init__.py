@@ -1,0 +1,47 @@
+"""QLoRA for JAX: a frozen 4-bit base model, LoRA adapters as a pytree of their own.
+
+    import qlora_jax as ql
+
+Public names are imported when they are first used (PEP 562), so that `qlora-jax --help` does not
+wait for JAX.
+"""
+
+import importlib
+from typing import Any
+
+HOMES = {
+    "Adapter": "qlora_jax.adapters",
+    "Dataset": "qlora_jax.data",
+    "Decoder": "qlora_jax.models",
+    "InputError": "qlora_jax.errors",
+    "Loader": "qlora_jax.data",
+    "LoraSpec": "qlora_jax.adapters",
+    "ModelConfig": "qlora_jax.models",
+    "Paged": "qlora_jax.optim",
+    "QloraError": "qlora_jax.errors",
+    "QuantizationConfig": "qlora_jax.quantization",
+    "QuantizedTensor": "qlora_jax.quantization",
+    "generate": "qlora_jax.inference",
+    "init_lora": "qlora_jax.adapters",
+    "load": "qlora_jax.workflows.open",
+    "load_adapter": "qlora_jax.checkpoints.peft",
+    "load_dataset": "qlora_jax.data",
+    "load_orbax": "qlora_jax.checkpoints.orbax_io",
+    "loss_fn": "qlora_jax.train",
+    "perplexity": "qlora_jax.evaluation",
+    "quantize": "qlora_jax.quantization",
+    "save_orbax": "qlora_jax.checkpoints.orbax_io",
+    "schedule": "qlora_jax.optim",
+}
+__all__ = sorted(HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOMES])

@@ -1,0 +1,125 @@
+"""An adapter into its base, one matrix in memory at a time.
+
+Merging into the dequantized base gives the model that was trained: the adapter has learned to
+correct the quantized weights, not the original ones. Merging into the original is what others do by
+default, and changes answers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qlora_jax.adapters.adapter import Adapter, check_finite
+from qlora_jax.adapters.spec import LAYERS, module_path
+from qlora_jax.errors import InputError
+from qlora_jax.quantization.tensor import QuantizedTensor
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """What merging asks of a model."""
+
+    dtype: str
+
+    def weights(self) -> Mapping[str, Array | QuantizedTensor]:
+        """Every weight by its stacked name; those of layers have a leading axis L."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where original weights come from, one at a time, by Hugging Face name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The weight `name`."""
+
+
+def merge_weight(
+    weight: Float[Array | np.ndarray, "out in"],
+    A: Float[Array, "r in"],
+    B: Float[Array, "out r"],
+    scale: float,
+) -> Float[Array, "out in"]:
+    """W + scale * B A, in float32 whatever the types that came."""
+    delta = jnp.matmul(
+        jnp.asarray(B, jnp.float32),
+        jnp.asarray(A, jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.asarray(weight, jnp.float32) + jnp.float32(scale) * delta
+
+
+def merged_weights(
+    model: Mergeable,
+    adapter: Adapter,
+    *,
+    base: str = "dequantized",
+    source: Source | None = None,
+    dtype: str | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights of the merged model by Hugging Face name, each made when it is asked for.
+
+    Args:
+      model: the base, left as it is.
+      adapter: what is merged; it is checked whole before the first weight comes out.
+      base: `"dequantized"`, the weights that the model computes with, or `"original"`, those of
+        `source`.
+      source: reads the original weights; for `base="original"` only.
+      dtype: of the arrays that come out; the model's by default.
+
+    Raises:
+      InputError: the adapter holds NaN or infinity, or a merged weight is too large for `dtype`.
+    """
+    if base not in ("dequantized", "original"):
+        raise InputError("MERGE-BASE", "merge: base", repr(base), "'dequantized' or 'original'")
+    if (base == "original") != (source is not None):
+        found = f"base={base!r} {'with' if source else 'without'} a source of original weights"
+        raise InputError("MERGE-BASE", "merge: base", found, "a source with 'original', only")
+    check_finite(adapter)
+    return merge_each(model, adapter, source, jnp.dtype(dtype or model.dtype))
+
+
+def merge_each(
+    model: Mergeable, adapter: Adapter, source: Source | None, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """`merged_weights` once its arguments are checked."""
+    for stacked, held in model.weights().items():
+        inner = stacked.removeprefix(f"{LAYERS}.")
+        if inner == stacked:
+            own = held if source is None else source.read(stacked)
+            yield stacked, as_dtype(stacked, dense(own), dtype)
+            continue
+        target = inner.removesuffix(".weight")
+        for layer in range(layers_of(held)):
+            name = module_path(layer, inner)
+            weight = dense(held[layer] if source is None else source.read(name))
+            if target in adapter.params and adapter.spec.ranks(target)[layer]:
+                A, B = adapter.layer(target, layer)
+                weight = merge_weight(weight, A, B, float(adapter.spec.scales(target)[layer]))
+            yield name, as_dtype(name, weight, dtype)
+
+
+def layers_of(weight: Array | QuantizedTensor) -> int:
+    """The length of the leading axis."""
+    return weight.lead[0] if isinstance(weight, QuantizedTensor) else len(weight)
+
+
+def dense(weight: Array | np.ndarray | QuantizedTensor) -> Array | np.ndarray:
+    """One matrix as an array; a 4-bit one in float32, the values that the model computes with."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.dequantize("float32")
+    return weight
+
+
+def as_dtype(name: str, weight: Array | np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`weight` on the host in `dtype`, refused when that makes it infinite."""
+    # Overflow is looked for below and named; numpy's warning would name nothing.
+    with np.errstate(over="ignore"):
+        array = np.asarray(weight).astype(dtype)
+    if not np.isfinite(array).all():
+        found = f"not finite in {dtype.name} after merging"
+        raise InputError("MERGE-FINITE", name, found, hint="bfloat16 or float32 for the result")
+    return array

@@ -1,0 +1,150 @@
+"""A GGUF file as a source of Hugging Face weights: one tensor at a time, dequantized as it is read.
+
+    source = GGUF("model.gguf")
+    source.config["hidden_size"], source.read("model.layers.0.mlp.up_proj.weight")
+
+Packed bytes are read and unpacked in pieces of a few MB, so that a tensor costs its float32 size
+and little more.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.checkpoints.files import open_regular
+from qlora_jax.checkpoints.gguf_blocks import Block
+from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config
+from qlora_jax.checkpoints.gguf_header import Tensor, read_header
+from qlora_jax.checkpoints.gguf_names import (
+    ARCHITECTURES,
+    ROPE_FREQUENCIES,
+    hugging_face_names,
+    split_halves,
+    weight_shapes,
+)
+from qlora_jax.errors import InputError, listed
+
+PIECE = 4 << 20  # bytes of packed weights in memory at once
+
+
+class GGUF:
+    """A GGUF file (versions 2 and 3), checked when opened; weights have Hugging Face's names.
+
+    Attributes:
+      path: the file.
+      config: what config.json of the same model says.
+      metadata: the file's own keys, such as `tokenizer.ggml.tokens`.
+
+    Raises:
+      InputError: GG-... for a file that is damaged, hostile, or of an unknown architecture.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.where = str(path)
+        self.file = open_regular(self.path, missing="GG-FILE")
+        try:
+            self.opened = self.stamp()
+            header = read_header(self.file, self.opened[0], self.where)
+            self.tensors, self.metadata = header.tensors, header.metadata
+            architecture = Keys(self.metadata, self.where).architecture
+            self.gguf_names = hugging_face_names(list(self.tensors), architecture, self.where)
+            self.interleaved = ARCHITECTURES[architecture].interleaved
+            self.config = self.checked_config()
+        except BaseException:
+            self.close()
+            raise
+
+    def checked_config(self) -> dict[str, Any]:
+        tied = "lm_head.weight" not in self.gguf_names
+        factors = self.tensors.get(ROPE_FREQUENCIES)
+        if factors is not None:
+            factors = self.unpacked(ROPE_FREQUENCIES, factors).astype(np.float32)
+        config = hugging_face_config(self.metadata, tied, factors, self.where)
+        if config["num_hidden_layers"] > len(self.tensors):  # before one name a layer is made
+            found = f"claims {config['num_hidden_layers']} layers, has {len(self.tensors)} tensors"
+            raise InputError("GG-MISSING", self.where, found)
+        shapes = weight_shapes(config)
+        if missing := shapes.keys() - self.gguf_names.keys():
+            found = f"missing weights: {listed(sorted(missing))}"
+            raise InputError("GG-MISSING", self.where, found)
+        if extra := self.gguf_names.keys() - shapes.keys():
+            found = f"{listed(sorted(extra))} beyond the {config['num_hidden_layers']} layers"
+            raise InputError("GG-UNKNOWN", self.where, found)
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                where = f"{self.where}: {self.gguf_names[name]}"
+                raise InputError("GG-SHAPE", where, f"has the shape {self.shape(name)}", str(shape))
+        return config
+
+    def names(self) -> list[str]:
+        """All weights, in the file's order."""
+        return list(self.gguf_names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """(out, in) of a matrix, (width,) of a norm."""
+        return self.tensors[self.gguf_names[name]].shape
+
+    def dtype(self, name: str) -> str:
+        """Of what `read` returns: float16 and bfloat16 as stored, all else float32."""
+        return self.tensors[self.gguf_names[name]].block.dtype.name
+
+    def read(self, name: str) -> np.ndarray:
+        """The weight `name`, in Hugging Face's row order.
+
+        Raises:
+          InputError: GG-NAN for a NaN or Inf, GG-CHANGED when the file changed since it was opened.
+        """
+        weight = self.unpacked(self.gguf_names[name], self.tensors[self.gguf_names[name]])
+        part = name.removesuffix(".weight").split(".", 3)[-1]
+        if part in self.interleaved:
+            heads = "num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"
+            weight = split_halves(weight, self.config[heads])
+        return weight
+
+    def unpacked(self, gguf_name: str, tensor: Tensor) -> np.ndarray:
+        """A tensor in the file's own row order."""
+        block = tensor.block
+        count = tensor.nbytes // block.nbytes
+        out = np.empty((count, block.values), block.dtype)
+        step = max(1, PIECE // block.nbytes)
+        packed = np.empty((min(step, count), block.nbytes), np.uint8)
+        for start in range(0, count, step):
+            piece = packed[: min(step, count - start)]
+            self.fill(piece, tensor.offset + start * block.nbytes)
+            values = out[start : start + len(piece)]
+            with np.errstate(invalid="ignore", over="ignore"):  # a scale that is Inf or NaN
+                block.unpack(piece, values)
+            self.check_finite(values, start * block.values, gguf_name, block)
+        if self.stamp() != self.opened:
+            raise InputError("GG-CHANGED", self.where, "the file changed while it was read")
+        return out.reshape(tensor.shape)
+
+    def fill(self, piece: np.ndarray, offset: int) -> None:
+        if os.preadv(self.file, [piece], offset) != piece.nbytes:
+            raise InputError("GG-CHANGED", self.where, "the file shrank while it was read")
+
+    def check_finite(self, values: np.ndarray, start: int, gguf_name: str, block: Block) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            index = int(np.argmin(finite.reshape(-1)))
+            found = f"{values.reshape(-1)[index]} at value {start + index} ({block.name})"
+            raise InputError("GG-NAN", f"{self.where}: {gguf_name}", found, "finite weights")
+
+    def stamp(self) -> tuple[int, int]:
+        state = os.fstat(self.file)
+        return state.st_size, state.st_mtime_ns
+
+    def close(self) -> None:
+        """Closes the file; closing twice is allowed."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+    def __enter__(self) -> "GGUF":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,120 @@
+"""GGUF's names for a model's weights and Hugging Face's, with the shapes and row orders of both.
+
+A row of ARCHITECTURES is a model family as llama.cpp names it; a tensor that the row does not list
+is refused, not skipped.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.errors import InputError
+
+ROPE_FREQUENCIES = "rope_freqs.weight"  # Llama 3's frequency factors, written instead of its rule
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family: its Hugging Face names, and its tensors' names without `.weight`.
+
+    Attributes:
+      interleaved: layer weights whose rows llama.cpp reorders for its rotary embedding.
+    """
+
+    model_type: str
+    model_class: str
+    top: dict[str, str]
+    layer: dict[str, str]
+    interleaved: tuple[str, ...]
+
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        model_type="llama",
+        model_class="LlamaForCausalLM",
+        top={
+            "token_embd": "model.embed_tokens",
+            "output_norm": "model.norm",
+            "output": "lm_head",
+        },
+        layer={
+            "attn_norm": "input_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+    ),
+}
+
+
+def hugging_face_names(tensors: list[str], architecture: str, where: str) -> dict[str, str]:
+    """Hugging Face name of every weight -> its GGUF name, in file order.
+
+    Raises:
+      InputError: GG-UNKNOWN for a tensor that the architecture does not have.
+    """
+    row = ARCHITECTURES[architecture]
+    names = {}
+    for name in tensors:
+        if name == ROPE_FREQUENCIES:
+            continue
+        stem, _, suffix = name.rpartition(".")
+        if stem.startswith("blk."):
+            _, index, part = stem.split(".", 2) if stem.count(".") >= 2 else ("", "", "")
+            valid = part in row.layer and index.isdecimal() and str(int(index)) == index
+            target = f"model.layers.{index}.{row.layer[part]}" if valid else None
+        else:
+            target = row.top.get(stem)
+        if target is None or suffix != "weight":
+            found = f"unknown tensor {name} for architecture {architecture}"
+            raise InputError("GG-UNKNOWN", where, found)
+        names[f"{target}.weight"] = name
+    return names
+
+
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every weight that a file of this config must hold: Hugging Face name -> (out, in)."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    query = config["num_attention_heads"] * config["head_dim"]
+    key_value = config["num_key_value_heads"] * config["head_dim"]
+    layer = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (query, width),
+        "self_attn.k_proj": (key_value, width),
+        "self_attn.v_proj": (key_value, width),
+        "self_attn.o_proj": (width, query),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for index in range(config["num_hidden_layers"]):
+        for part, shape in layer.items():
+            shapes[f"model.layers.{index}.{part}.weight"] = shape
+    shapes["model.norm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    return shapes
+
+
+def split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k from GGUF's order to Hugging Face's, per head.
+
+    GGUF keeps a rotary pair side by side, Hugging Face half a head apart:
+
+        GGUF          0 a  0 b  1 a  1 b ...
+        Hugging Face  0 a  1 a  ...  0 b  1 b ...
+
+    Args:
+      weight: (heads * head_dim, in).
+    """
+    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,85 @@
+"""The table of commands: each is imported when it is called, so that `--help` is quick.
+
+A command is a module of this folder with two functions: `arguments(parser)` declares its options,
+`run(args)` calls the library and prints; what it returns is the exit code, None means 0.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qlora_jax.errors import InputError, QloraError, listed, nearest
+
+COMMANDS = {
+    "inspect": "what is in a model or an adapter: layers, shapes, bits per parameter, targets",
+    "doctor": "versions, devices, memory, and whether the kernels compute right here",
+}
+
+USAGE = "usage: qlora-jax COMMAND ...      (qlora-jax COMMAND --help says more)"
+INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ours: one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        raise InputError("CLI-ARGS", self.prog, message, hint=f"{self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives the exit code: 0, that of the error, or 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(argv)
+    except QloraError as error:
+        if "--debug" in argv:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `qlora-jax ... | head` is no error. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(argv: list[str]) -> int:
+    """Imports the command that `argv` names, parses its options and runs it.
+
+    Raises:
+      InputError: an unknown command or option.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("qlora-jax"))
+        return 0
+    verb, *rest = argv
+    if verb not in COMMANDS:
+        close = nearest(verb, COMMANDS)
+        hint = f"qlora-jax {close[0]}" if close else "qlora-jax --help"
+        found = f"unknown command {verb!r}"
+        raise InputError("CLI-COMMAND", "qlora-jax", found, f"one of {listed(COMMANDS)}", hint)
+    command = importlib.import_module(f"qlora_jax.cli.{verb}")
+    parser = Parser(prog=f"qlora-jax {verb}", description=command.__doc__.splitlines()[0])
+    command.arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    code = command.run(parser.parse_args(rest))
+    sys.stdout.flush()
+    return code or 0
+
+
+def overview() -> str:
+    """What `--help` prints."""
+    width = max(map(len, COMMANDS))
+    rows = (f"  {verb:<{width}}  {about}" for verb, about in COMMANDS.items())
+    return "\n".join(["QLoRA for JAX.", "", USAGE, "", *rows])

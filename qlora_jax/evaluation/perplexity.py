@@ -1,0 +1,121 @@
+"""Perplexity: how surprised a model is by text, over fixed windows or over a dataset's targets."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.data.dataset import Dataset
+from qlora_jax.data.loader import Loader
+from qlora_jax.data.packing import empty_rows
+from qlora_jax.errors import InputError, NonFinite
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.train.loss import loss_fn
+
+batch_loss = jax.jit(loss_fn, static_argnames="spec")
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityResult:
+    """A mean over targets.
+
+    Attributes:
+      mean_nll: of -log p, in nats.
+      perplexity: exp(mean_nll).
+      targets: how many tokens were predicted.
+    """
+
+    mean_nll: float
+    perplexity: float
+    targets: int
+
+
+def perplexity(
+    model: Decoder,
+    data: Dataset | np.ndarray,
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """exp of the mean next-token negative log likelihood, every target weighing the same.
+
+        result = perplexity(model, windows(ids, 256))       # 255 targets a window
+
+    One program runs a shape, and no logits of a whole batch are kept (train/loss.py).
+
+    Args:
+      model: the base.
+      data: windows (N, S) int32 of token ids, each token but a window's first a target; or a
+        Dataset, whose own labels say what counts.
+      adapter: trained on this base; None is the base alone.
+      batch_size: windows or rows at a time; the result does not depend on it but for rounding.
+      progress: called with batches done and batches in all, after each.
+
+    Raises:
+      InputError: EVAL-..., windows of another shape, or nothing to predict.
+      NonFinite: a batch has a loss that is NaN or infinite.
+    """
+    if isinstance(data, Dataset):
+        loader = Loader(data, batch_size, seed=0, shuffle=False)
+        batches, in_all = loader.epoch(0), len(loader)
+    else:
+        data = checked_windows(data, model.config.vocab_size)
+        batches, in_all = window_batches(data, batch_size), math.ceil(len(data) / batch_size)
+    params, spec = ({}, None) if adapter is None else (adapter.params, adapter.spec)
+    total, targets = 0.0, 0
+    for number, batch in enumerate(batches, 1):
+        loss, count = batch_loss(params, model, batch, spec=spec)
+        if not math.isfinite(loss):
+            raise NonFinite("EVAL-NAN", f"batch {number}", f"the loss is {float(loss)}", "finite")
+        total, targets = total + float(loss), targets + int(count)
+        if progress:
+            progress(number, in_all)
+    if not targets:
+        raise InputError("EVAL-EMPTY", "evaluation data", "no target to predict", "at least one")
+    mean = total / targets
+    return PerplexityResult(mean, float(np.exp(np.float64(mean))), targets)
+
+
+def windows(ids: Sequence[int], length: int) -> np.ndarray:
+    """Token ids cut into windows (N, length) int32, one after another; the rest is dropped.
+
+    ids 1 2 3 4 5 6 7, length 3  ->  [[1 2 3] [4 5 6]]
+
+    Raises:
+      InputError: fewer ids than one window.
+    """
+    if length < 2:
+        raise InputError("EVAL-WINDOW", "length", f"{length}", "at least 2")
+    if len(ids) < length:
+        found = f"{len(ids)} tokens"
+        raise InputError("EVAL-WINDOW", "text", found, f"at least one window of {length}")
+    count = len(ids) // length
+    return np.array(ids[: count * length], np.int32).reshape(count, length)
+
+
+def checked_windows(data: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The windows as int32, refused when they are none."""
+    data = np.asarray(data)
+    if data.ndim != 2 or not len(data) or data.shape[1] < 2 or data.dtype.kind not in "iu":
+        found = f"shape {data.shape} of {data.dtype}"
+        raise InputError("EVAL-WINDOW", "windows", found, "integers (N, S), S at least 2")
+    if data.min() < 0 or data.max() >= vocab_size:
+        found = f"token ids {data.min()} to {data.max()}"
+        raise InputError("EVAL-VOCAB", "windows", found, f"0 to {vocab_size - 1}")
+    return data.astype(np.int32)
+
+
+def window_batches(data: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of equal shape; the last one is filled up with rows that count nothing."""
+    for start in range(0, len(data), batch_size):
+        rows = data[start : start + batch_size]
+        batch = empty_rows(batch_size, data.shape[1])
+        for name in ("input_ids", "labels"):
+            batch[name][: len(rows)] = rows
+        batch["positions"][: len(rows)] = np.arange(data.shape[1])
+        batch["segment_ids"][: len(rows)] = 1
+        yield batch

@@ -1,0 +1,241 @@
+"""The decoder: embedding, a scan over stacked layers, a head. One program whatever the depth."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.adapters.adapter import Adapter, Params
+from qlora_jax.errors import InputError, listed
+from qlora_jax.models.attention import Attention, Context
+from qlora_jax.models.cache import KVCache
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families import linear_shapes, weight_shapes
+from qlora_jax.models.linear import Branch, Branches, Linear, matmul
+from qlora_jax.models.mlp import GatedMLP
+from qlora_jax.models.norms import RMSNorm
+from qlora_jax.models.rope import rotation
+from qlora_jax.quantization.tensor import QuantizedTensor
+
+Ids = Int[Array | np.ndarray, "B S"]
+Weights = Mapping[str, Array | QuantizedTensor]
+LAYERS = "model.layers."
+
+
+class Block(nnx.Module):
+    """One layer, or all of them stacked: attention and feed-forward, each behind a norm."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        def linear(name: str) -> Linear:
+            return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights[f"{name}.weight"], config.rms_norm_eps)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.self_attn = Attention(
+            config, *(linear(f"self_attn.{part}_proj") for part in ("q", "k", "v", "o"))
+        )
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.mlp = GatedMLP(*(linear(f"mlp.{part}_proj") for part in ("gate", "up", "down")))
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        context: Context,
+        branches: Branches,
+        cache: KVCache | None = None,
+        layer: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), context, branches, cache, layer)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x), branches), cache
+
+
+class Decoder(nnx.Module):
+    """A frozen causal language model, dense or 4-bit: token ids to logits.
+
+    Attributes:
+      config: its shape, static.
+      dtype: of the activations and the dense weights; norms, softmax, rotary positions and the
+        logits are float32 whatever it is.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, dtype: str = "bfloat16"):
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = nnx.Variable(weights["model.embed_tokens.weight"])
+        layers = {k.removeprefix(LAYERS): w for k, w in weights.items() if k.startswith(LAYERS)}
+        self.layers = Block(config, layers)
+        self.norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
+        head = weights.get("lm_head.weight")
+        self.lm_head = None if config.tie_word_embeddings else nnx.Variable(head)
+
+    @staticmethod
+    def from_weights(config: ModelConfig, weights: Weights, dtype: str = "bfloat16") -> "Decoder":
+        """A decoder around `weights`, by stacked name; those of layers have a leading axis L.
+
+        Raises:
+          InputError: a weight is missing, unknown, or not of the shape that `config` gives it.
+        """
+        expected = weight_shapes(config)
+        if missing := expected.keys() - weights.keys():
+            raise InputError("MODEL-MISSING", "weights", f"missing: {listed(sorted(missing))}")
+        if unknown := weights.keys() - expected.keys():
+            raise InputError("MODEL-UNKNOWN", "weights", f"unknown: {listed(sorted(unknown))}")
+        for name, weight in weights.items():
+            lead = (config.num_hidden_layers,) if name.startswith(LAYERS) else ()
+            shape = lead + expected[name]
+            if isinstance(weight, QuantizedTensor):
+                found = (*weight.lead, *weight.shape)
+            else:
+                found = weight.shape
+            if tuple(found) != shape:
+                raise InputError("MODEL-SHAPE", name, f"shape {tuple(found)}", f"shape {shape}")
+        return Decoder(config, weights, dtype)
+
+    def weights(self) -> dict[str, Array | QuantizedTensor]:
+        """Every weight by its stacked name, as `from_weights` takes them; no copies."""
+        found: dict[str, Array | QuantizedTensor] = {}
+        for name in weight_shapes(self.config):
+            node = self
+            for part in name.removeprefix("model.").removesuffix(".weight").split("."):
+                node = getattr(node, part)
+            if isinstance(node, nnx.Variable):  # embedding, head, a bias
+                found[name] = node.get_value()
+            else:
+                found[name] = node.weight.get_value()
+        return found
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each linear of a layer: what an adapter can be attached to."""
+        return linear_shapes(self.config)
+
+    def head(self) -> Array | QuantizedTensor:
+        """The weight (V, D) that turns hidden states into logits; the embedding when tied."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
+
+    def __call__(
+        self,
+        input_ids: Ids,
+        *,
+        attention_mask: Ids | None = None,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
+        adapter: Adapter | None = None,
+        cache: KVCache | None = None,
+        dropout_key: Array | None = None,
+    ):
+        """Logits (B, S, V) float32; with a cache, (logits, the cache with these tokens in it).
+
+        Args:
+          input_ids: (B, S) int32.
+          attention_mask: (B, S), 1 for tokens and 0 for padding, as transformers has it; the
+            same as `segment_ids` for one sequence a row.
+          positions: (B, S) int32, rotary positions; by default each row counts its own tokens.
+          segment_ids: (B, S) int32; tokens see only earlier tokens of their own segment, and 0 is
+            padding. With a cache it only tells padding, which must stand on the right.
+          adapter: an Adapter whose targets are this model's linears.
+          cache: keys and values of the tokens before.
+          dropout_key: a key, in training only, for the adapter's dropout.
+        """
+        x, cache = self.run(
+            input_ids,
+            positions,
+            attention_mask if segment_ids is None else segment_ids,
+            adapter,
+            cache,
+            dropout_key,
+        )
+        logits = matmul(x, self.head()).astype(jnp.float32)
+        return logits if cache is None else (logits, cache)
+
+    def hidden(
+        self,
+        input_ids: Ids,
+        *,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
+        adapter: Adapter | None = None,
+        dropout_key: Array | None = None,
+        remat: str = "none",
+    ) -> Float[Array, "B S D"]:
+        """The states behind the final norm: logits are `hidden @ head().T`.
+
+        Args:
+          remat: `full` keeps each layer's input alone and computes the layer again in the
+            backward pass; `none` keeps what the layers' own gradients ask for.
+        """
+        return self.run(input_ids, positions, segment_ids, adapter, None, dropout_key, remat)[0]
+
+    def run(
+        self,
+        input_ids: Ids,
+        positions: Ids | None,
+        segment_ids: Ids | None,
+        adapter: Adapter | None,
+        cache: KVCache | None,
+        dropout_key: Array | None,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        input_ids, positions, segment_ids = (
+            None if ids is None else jnp.asarray(ids) for ids in (input_ids, positions, segment_ids)
+        )
+        real = None if segment_ids is None else segment_ids > 0
+        if positions is None:
+            positions = default_positions(input_ids, real, cache)
+        config = self.config
+        context = Context(*rotation(config.rope, config.head_dim, positions), segment_ids)
+        x = jnp.take(self.embed_tokens.get_value(), input_ids, axis=0).astype(self.dtype)
+
+        def step(carry, inputs):
+            x, cache = carry
+            block, layer, params, scales, key = inputs
+            branches = layer_branches(adapter, params, scales, key)
+            return block(x, context, branches, cache, layer), None
+
+        if remat == "full":
+            step = jax.checkpoint(step)
+        layers = config.num_hidden_layers
+        params = {} if adapter is None else transposed_B(adapter.params)
+        scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
+        keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
+        inputs = (self.layers, jnp.arange(layers), params, scales, keys)
+        (x, cache), _ = jax.lax.scan(step, (x, cache), inputs)
+        if cache is not None:
+            batch, length = input_ids.shape
+            count = jnp.full((batch,), length) if real is None else real.sum(-1)
+            cache = cache.advanced(count.astype(jnp.int32))
+        return self.norm(x), cache
+
+
+def layer_branches(adapter: Adapter | None, params, scales, key) -> Branches:
+    """One layer's part of an adapter, by the name of the linear that it belongs to."""
+    branches = {}
+    for index, (name, pair) in enumerate(sorted(params.items())):
+        own = None if key is None else jax.random.fold_in(key, index)
+        dropout = adapter.spec.lora_dropout
+        branches[name] = Branch(pair["A"], pair["Bt"], scales[name], dropout, own)
+    return branches
+
+
+def transposed_B(params: Params) -> dict[str, dict[str, Array]]:
+    """The adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
+    return {
+        name: {"A": pair["A"], "Bt": pair["B"].swapaxes(1, 2)} for name, pair in params.items()
+    }
+
+
+def default_positions(
+    input_ids: Int[Array, "B S"], real: Bool[Array, "B S"] | None, cache: KVCache | None
+) -> Int[Array, "B S"]:
+    """0, 1, 2 ... over the real tokens of each row, going on where its cache ends."""
+    batch, length = input_ids.shape
+    if real is None:
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    else:
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    return positions if cache is None else positions + cache.length[:, None]

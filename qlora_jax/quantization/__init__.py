@@ -1,0 +1,3 @@
+"""Stub."""
+from qlora_jax.quantization.tensor import *
+from qlora_jax.quantization.policy import *

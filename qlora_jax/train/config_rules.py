@@ -1,0 +1,145 @@
+"""The tables of the configuration: other tools' names, what has no effect, what is not there yet.
+
+A rule looks at all settings as a plain dict, set or default, valid or not.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from qlora_jax.optim.schedules import ELSEWHERE
+
+Settings = Mapping[str, Any]
+
+ALIASES = {
+    "base_model": "model",
+    "cutoff_len": "max_seq_length",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_length": "max_seq_length",
+    "micro_batch_size": "batch_size",
+    "model_name_or_path": "model",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "r": "lora_r",
+    "rank": "lora_r",
+    "sequence_len": "max_seq_length",
+}
+
+REQUIRED = {  # what is expected, and an example
+    "model": ("a folder, a .gguf file or a hub id", "model=PATH"),
+    "dataset": ("a file of rows", "dataset=train.jsonl"),
+    "output_dir": ("a new folder", "output_dir=out/run"),
+}
+
+
+class Unused(NamedTuple):
+    """Keys that have no effect when `when` holds of the settings."""
+
+    keys: tuple[str, ...]
+    when: Callable[[Settings], bool]
+    why: str
+    hint: str
+
+
+def has_eval_data(settings: Settings) -> bool:
+    """Whether the settings themselves name evaluation data."""
+    return settings["eval_dataset"] is not None or bool(settings["val_size"])
+
+
+UNUSED = (
+    Unused(
+        ("quant_type", "double_quant", "block_size", "quantize_lm_head"),
+        lambda s: s["load_in_4bit"] is False,
+        "load_in_4bit is false",
+        "load_in_4bit=true",
+    ),
+    Unused(
+        ("warmup_ratio",),
+        lambda s: s["lr_scheduler"] == "constant",
+        "lr_scheduler constant has no warmup",
+        "lr_scheduler=constant_with_warmup",
+    ),
+    Unused(
+        ("num_epochs",),
+        lambda s: s["max_steps"] is not None,
+        "max_steps says when the run ends",
+        "one of the two",
+    ),
+    Unused(
+        ("val_size",),
+        lambda s: s["eval_dataset"] is not None,
+        "eval_dataset is the evaluation data",
+        "one of the two",
+    ),
+    Unused(
+        ("train_on", "chat_template"),
+        lambda s: s["dataset_format"] == "text",
+        "text rows have no template and train on all tokens",
+        "dataset_format=messages",
+    ),
+)
+
+EVALUATION = (
+    Unused(
+        ("eval_steps", "early_stopping_patience"),
+        lambda s: not has_eval_data(s),
+        "there is no evaluation data",
+        "eval_dataset=FILE or val_size=0.05",
+    ),
+)
+
+
+class Unsupported(NamedTuple):
+    """Values of a key that are known and refused, since what they ask for is not there yet."""
+
+    key: str
+    when: Callable[[Any], bool]
+    why: str
+    hint: str
+
+
+def is_word(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is one of these words."""
+    return lambda value: isinstance(value, str) and value in words
+
+
+def is_other_than(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is a word, and none of these."""
+    return lambda value: isinstance(value, str) and value not in words
+
+
+UNSUPPORTED = (
+    Unsupported("use_dora", lambda v: v is True, "DoRA is not trained yet", "use_dora=false"),
+    Unsupported(
+        "stream_weights", is_word("on"), "weights are not streamed yet", "stream_weights=off"
+    ),
+    Unsupported(
+        "init",
+        is_other_than("default"),
+        "A and B begin as PEFT's default, no other way yet",
+        "init=default",
+    ),
+    Unsupported(
+        "modules_to_save",
+        bool,
+        "only adapters are trained, no module in full",
+        "modules_to_save=[]",
+    ),
+    Unsupported(
+        "optim",
+        lambda v: isinstance(v, str) and "8bit" in v,
+        "optimizers with 8-bit state are not there yet",
+        "optim=paged_adamw_32bit",
+    ),
+    Unsupported(
+        "report_to",
+        lambda v: isinstance(v, list) and not {"jsonl"}.issuperset(map(str, v)),
+        "figures go to metrics.jsonl only",
+        "report_to=[jsonl]",
+    ),
+    *(
+        Unsupported("lr_scheduler", is_word(name), why, "lr_scheduler=cosine")
+        for name, why in ELSEWHERE.items()
+    ),
+)

@@ -1,0 +1,84 @@
+"""Next-token cross entropy as (sum, count): a step divides by the count of all its micro batches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.cross_entropy import CrossEntropy, cross_entropy
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.spec import LoraSpec
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.quantization.tensor import QuantizedTensor
+
+Batch = Mapping[str, Array]
+
+
+def loss_fn(
+    params: Any,
+    model: Decoder,
+    batch: Batch,
+    *,
+    spec: LoraSpec | None = None,
+    dropout_key: Array | None = None,
+    remat: str = "none",
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The sum of -log p over the counted targets (nats, float32), and their count (int32).
+
+        labels       -100  -100   12    7    2  -100     aligned with input_ids
+        counted as            12    7    2    .    .     each token predicts the next one's label
+
+    Differentiate with `jax.value_and_grad(loss_fn, has_aux=True)`: the gradient is that of the
+    sum, so divide it by the count of the whole step.
+
+    Args:
+      params: an adapter's trainable tree; `{}` without a spec for the base model alone.
+      model: the frozen base.
+      batch: `input_ids` and `labels` (B, S) int32, -100 where a label does not count; optional
+        `positions` and `segment_ids` (0 is padding), as the loader makes them.
+      spec: the adapter's static part.
+      dropout_key: a key for the adapter's dropout; None in evaluation.
+      remat: see `Decoder.hidden`.
+
+    Source: the shift and the -100 of transformers' causal language models.
+    """
+    sums, count = token_sums(
+        params, model, batch, spec=spec, dropout_key=dropout_key, remat=remat
+    )
+    return sums.loss, count
+
+
+def token_sums(
+    params: Any,
+    model: Decoder,
+    batch: Batch,
+    *,
+    spec: LoraSpec | None = None,
+    dropout_key: Array | None = None,
+    remat: str = "none",
+) -> tuple[CrossEntropy, Int[Array, ""]]:
+    """As `loss_fn`, with the number of right guesses beside the loss."""
+    hidden = model.hidden(
+        batch["input_ids"],
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+        adapter=None if spec is None else Adapter(params, spec),
+        dropout_key=dropout_key,
+        remat=remat,
+    )
+    targets = next_labels(batch["labels"])
+    head = model.head()
+    dense = head.dequantize(model.dtype) if isinstance(head, QuantizedTensor) else head
+    sums = cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), dense.astype(hidden.dtype), targets.reshape(-1)
+    )
+    return sums, (targets >= 0).sum().astype(jnp.int32)
+
+
+def next_labels(labels: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Each token's target: the label of the token after it; the last token has none.
+
+    Every row keeps its length, so that the head sees whole chunks and nothing is copied.
+    """
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)

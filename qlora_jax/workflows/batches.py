@@ -1,0 +1,61 @@
+"""Where a run's micro batches come from: our loader, or any iterable of batches."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.data.dataset import Dataset
+from qlora_jax.data.loader import Loader
+from qlora_jax.errors import InputError
+
+
+class BatchSource:
+    """Epochs of micro batches, in groups of one step each; every epoch can be entered midway.
+
+    Args:
+      data: a Dataset, which is shuffled anew each epoch, or an iterable of batches, which is
+        iterated again for every epoch and must then give the same batches.
+    """
+
+    def __init__(self, data: Dataset | Iterable[Any], batch_size: int, accumulation: int, seed: int):
+        self.accumulation = accumulation
+        self.loader = Loader(data, batch_size, seed=seed) if isinstance(data, Dataset) else None
+        self.data = data
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data and its settings; empty for an iterable, which has none."""
+        return self.data.fingerprint if self.loader else ""
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps in an epoch, a last one with fewer micro batches counted; None if unknown."""
+        if self.loader:
+            return math.ceil(len(self.loader) / self.accumulation)
+        return math.ceil(len(self.data) / self.accumulation) if isinstance(self.data, Sized) else None
+
+    def groups(self, epoch: int, skip: int) -> Iterator[list[dict[str, np.ndarray]]]:
+        """The steps of `epoch` behind its first `skip` batches: lists of micro batches.
+
+        No list crosses the end of an epoch, so the last one may be shorter.
+        """
+        batches = self.loaded(epoch, skip) if self.loader else self.iterated(skip)
+        while group := list(itertools.islice(batches, self.accumulation)):
+            yield group
+
+    def loaded(self, epoch: int, skip: int) -> Iterator[dict[str, np.ndarray]]:
+        for rows in self.loader.batches(epoch)[skip:]:
+            yield self.data.batch(rows, self.loader.batch_size)
+
+    def iterated(self, skip: int) -> Iterator[Any]:
+        if iter(self.data) is self.data:
+            raise InputError(
+                "DATA-ITERATOR",
+                "data",
+                "an iterator, which can be read only once",
+                "a list or another iterable that begins anew each epoch",
+            )
+        return itertools.islice(iter(self.data), skip, None)

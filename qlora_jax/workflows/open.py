@@ -1,0 +1,102 @@
+"""Opens a model and its tokenizer from a folder or a GGUF file, and quantizes it on the way in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pallas_kernels.nf4_matmul import preferred_layout
+from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.load import load_weights
+from qlora_jax.checkpoints.shards import Shards
+from qlora_jax.errors import InputError
+from qlora_jax.models import Decoder, ModelConfig
+from qlora_jax.quantization.policy import QuantizationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Source = Shards | GGUF
+
+
+def open_source(path: str | Path) -> Source:
+    """The checkpoint at `path`: a Hugging Face folder, 4-bit or not, or a GGUF file.
+
+    Raises:
+      InputError: nothing is there, or what is there is neither.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Shards(path)
+    if path.suffix == ".gguf" and path.exists():
+        return GGUF(path)
+    if path.exists():
+        raise InputError(
+            "MODEL-FORMAT", path, "is a file", "a Hugging Face folder or a .gguf file", path.parent
+        )
+    raise InputError(
+        "MODEL-MISSING",
+        path,
+        "missing: no such folder or file",
+        "a Hugging Face folder or a .gguf file on this machine",
+        "a download of the model first, then the path of its folder",
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    quantization: str | QuantizationConfig | None = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    dtype: str = "bfloat16",
+    progress: Callable | None = None,
+) -> tuple[Decoder, "PreTrainedTokenizerFast"]:
+    """A frozen model and its tokenizer.
+
+        model, tok = load("SmolLM2-135M-Instruct.gguf", quantization="nf4")
+
+    Weights are read, quantized and dropped one at a time, so that loading needs the packed result
+    and little more. A checkpoint that is 4-bit already is taken bit for bit.
+
+    Args:
+      path: a Hugging Face folder, one that `qlora-jax quantize` or bitsandbytes wrote, or a .gguf.
+      quantization: nf4, fp4 or int4; a QuantizationConfig; None keeps every weight dense.
+      double_quant: quantize the block scales too (with a name in `quantization`).
+      block_size: weights that share a scale (with a name in `quantization`).
+      dtype: of the activations and the dense weights: bfloat16, float32 or float16.
+      progress: called as load_weights says.
+
+    Raises:
+      InputError: whatever is wrong with the files, in one line.
+    """
+    from qlora_jax.data.tokenizer import load_tokenizer
+
+    if isinstance(quantization, str):
+        quantization = QuantizationConfig(quantization, block_size, double_quant)
+    with open_source(path) as source:
+        model = load_model(source, quantization=quantization, dtype=dtype, progress=progress)
+        metadata = source.metadata if isinstance(source, GGUF) else None
+        tokenizer = load_tokenizer(path, metadata, vocab_size=model.config.vocab_size)
+    return model, tokenizer
+
+
+def load_model(
+    source: Source,
+    *,
+    quantization: QuantizationConfig | None = QuantizationConfig(),
+    dtype: str = "bfloat16",
+    progress: Callable | None = None,
+    on_weight: Callable | None = None,
+) -> Decoder:
+    """The model of an opened checkpoint; see `load`."""
+    config = ModelConfig.from_dict(source.config, str(source.path))
+    weights = load_weights(
+        source,
+        config,
+        quantization,
+        dtype=dtype,
+        layout=preferred_layout(),
+        progress=progress,
+        on_weight=on_weight,
+    )
+    return Decoder.from_weights(config, weights, dtype)

@@ -1,0 +1,350 @@
+"""The training loop: batches in; adapter, metrics and checkpoints out. A stopped run goes on exactly.
+
+    for micro_batches in the data:
+        gradients of each, summed        train/step.py
+        divide once, clip, check         train/step.py
+        update, page by page             optim/
+        log, evaluate, save              every so many steps
+"""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.checkpoints.atomic import new_folder
+from qlora_jax.checkpoints.peft import save_adapter
+from qlora_jax.data.dataset import Dataset
+from qlora_jax.errors import InputError, NonFinite, QloraError
+from qlora_jax.evaluation.perplexity import perplexity
+from qlora_jax.models import Decoder
+from qlora_jax.models.fingerprint import fingerprint
+from qlora_jax.optim.schedules import schedule
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.loss_scale import LossScale
+from qlora_jax.train.step import accumulate, finish, gradients
+from qlora_jax.workflows.batches import BatchSource
+from qlora_jax.workflows.run_folder import RunFolder, write_json
+from qlora_jax.workflows.run_state import Counters, Identity, RunState, restore, save
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BAD_STEPS = 5  # non-finite steps in a row after which a run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+      lora: the trained adapter.
+      metrics: one dict a logged step, as in metrics.jsonl.
+      summary: what summary.json holds.
+      folder: where everything was written; itself a PEFT adapter.
+    """
+
+    lora: Adapter
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    folder: Path
+
+
+class Trainer:
+    """Fine-tunes an adapter on a frozen base.
+
+        run = Trainer(model, lora, data, TrainConfig(max_steps=500, output_dir="out"), tok).fit()
+
+    Args:
+      model: the base; never changed, never copied.
+      lora: where the adapter begins.
+      data: a Dataset, or any iterable of batches (dicts of `input_ids`, `labels`, and as the loader
+        makes them `positions` and `segment_ids`), the same at every iteration.
+      config: every knob of the run.
+      tokenizer: saved beside the adapter, if given.
+      eval_data: a Dataset that `eval_steps` evaluates on.
+      optimizer: an optax transform instead of `config.optim`; clipping to `max_grad_norm` comes
+        before it. It runs on the device, unless `elementwise` says that it may be paged.
+      elementwise: the transform treats every number apart from all others.
+      say: takes each printed line.
+
+    Raises:
+      InputError: the configuration asks for what it has not been given.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        lora: Adapter,
+        data: Dataset | Iterable[Any],
+        config: TrainConfig,
+        tokenizer: "PreTrainedTokenizerFast | None" = None,
+        *,
+        eval_data: Dataset | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        elementwise: bool = False,
+        say=print,
+    ):
+        if config.output_dir is None:
+            raise InputError("RUN-FOLDER", "output_dir", "missing", "a folder", "output_dir=out/run")
+        self.model, self.lora, self.config, self.tokenizer = model, lora, config, tokenizer
+        self.eval_data, self.say = eval_data, say
+        self.batches = BatchSource(
+            data,
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            config.shuffle_seed,
+        )
+        self.total_steps = self.number_of_steps()
+        self.learning_rate = schedule(
+            config.lr_scheduler, config.learning_rate, self.total_steps, config.warmup_ratio
+        )
+        self.optimizer = choose_optimizer(config, self.learning_rate, optimizer, elementwise)
+        self.key = jax.random.key(config.seed)
+
+    def number_of_steps(self) -> int:
+        """`max_steps`, or the steps of `num_epochs` passes over the data."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        if (per_epoch := self.batches.steps_per_epoch) is None:
+            raise InputError(
+                "RUN-STEPS", "max_steps", "missing, and the data does not tell its length",
+                "a number of steps", "max_steps=1000",
+            )
+        return math.ceil(per_epoch * self.config.num_epochs)
+
+    def fit(self, resume: str | Path | None = None) -> Run:
+        """Runs to the end, or on from a checkpoint: `auto` for the newest, or its folder.
+
+        SIGINT and SIGTERM end the run behind the step that they meet, with a checkpoint.
+
+        Raises:
+          InputError: the folder is not empty, or there is nothing to resume.
+          ConfigMismatch: the checkpoint is of another run.
+          NonFinite: five steps in a row were NaN or infinite; the last checkpoint is kept.
+          Stopped: a signal came; its checkpoint is written.
+        """
+        folder = RunFolder(self.config.output_dir, resume=resume is not None)
+        with folder.locked(), stop_requests() as stop:
+            state = self.begin(folder, resume)
+            folder.write_start(self.config.to_yaml())
+            recorder = Recorder(folder.path, self.config, self.total_steps, self.say)
+            for group in self.groups(state.counters):
+                self.step(state, group, recorder)
+                self.evaluate(state, folder, recorder)
+                self.checkpoint(state, folder, stop)
+                if self.has_stopped_improving(state.counters):
+                    break
+            return self.end(state, folder, recorder)
+
+    def begin(self, folder: RunFolder, resume: str | Path | None) -> RunState:
+        """The state of step 0, or that of a checkpoint."""
+        params = jax.tree.map(lambda a: a.copy(), self.lora.params)  # updates donate what they get
+        scale = LossScale.for_dtype(self.model.dtype)
+        state = RunState(params, self.optimizer.init(params), Counters(loss_scale=scale))
+        self.identity = Identity.of(
+            self.config, fingerprint(self.model), self.batches.fingerprint, self.lora.spec
+        )
+        if resume is None:
+            return state
+        checkpoint = folder.resumed_checkpoint(resume)
+        state = restore(checkpoint, state, self.identity)
+        self.say(f"resumed  {checkpoint} (step {state.counters.step} of {self.total_steps})")
+        return state
+
+    def groups(self, counters: Counters) -> Iterator[list[Any]]:
+        """The micro batches of every step still to do; `counters` say where the data stands."""
+        while counters.step < self.total_steps:
+            start = counters.batch
+            for group in self.batches.groups(counters.epoch, start):
+                counters.batch += len(group)
+                yield group
+                if counters.step == self.total_steps:
+                    return
+            if counters.batch == start == 0:
+                raise InputError("DATA-EMPTY", "data", "no batch in a whole epoch", "at least one")
+            counters.epoch, counters.batch = counters.epoch + 1, 0
+
+    def step(self, state: RunState, group: list[Any], recorder: Recorder) -> None:
+        """One optimizer step: gradients of all micro batches, one division, one update."""
+        started = time.perf_counter()
+        counters, spec = state.counters, self.lora.spec
+        scale, sums = counters.loss_scale, None
+        for number, batch in enumerate(group):
+            key = None
+            if spec.lora_dropout:
+                key = jax.random.fold_in(jax.random.fold_in(self.key, counters.step), number)
+            new = gradients(
+                state.params,
+                self.model,
+                batch,
+                spec=spec,
+                dropout_key=key,
+                loss_scale=scale.value,
+                remat=self.remat,
+            )
+            sums = accumulate(sums, new)
+        grads, metrics = finish(
+            sums, max_grad_norm=self.config.max_grad_norm, loss_scale=scale.value
+        )
+        learning_rate = float(self.learning_rate(counters.step))
+        if finite := bool(metrics.finite):
+            state.params, state.optimizer = self.optimizer.apply(
+                state.params, grads, state.optimizer
+            )
+            counters.bad_steps = 0
+        else:
+            self.skip(counters, scale)
+        counters.loss_scale = scale.after(finite)
+        counters.step += 1
+        counters.tokens += sum(real_tokens(batch) for batch in group)
+        counters.trained_tokens += int(metrics.count)
+        recorder.step(
+            counters,
+            metrics,
+            learning_rate=learning_rate,
+            epoch=self.epoch(counters),
+            bytes_moved=self.optimizer.bytes_moved,
+            seconds=time.perf_counter() - started,
+        )
+
+    def skip(self, counters: Counters, scale: LossScale) -> None:
+        """Counts a step that is not applied; the fifth in a row ends the run."""
+        counters.skipped += 1
+        if scale.can_fall():
+            return
+        counters.bad_steps += 1
+        self.say(f"step {counters.step + 1}: loss or gradient is not finite; skipped")
+        if counters.bad_steps == BAD_STEPS:
+            raise NonFinite(
+                "RUN-NONFINITE",
+                self.config.output_dir,
+                f"loss or gradient was NaN or infinite in {BAD_STEPS} steps in a row, the last "
+                f"is step {counters.step + 1}",
+                "finite numbers",
+                "a smaller learning_rate; the checkpoints before are good",
+            )
+
+    def evaluate(self, state: RunState, folder: RunFolder, recorder: Recorder) -> None:
+        """Every `eval_steps` and at the end: loss on the evaluation data, and the best adapter."""
+        counters = state.counters
+        due = counters.step % self.config.eval_steps == 0 or counters.step == self.total_steps
+        if self.eval_data is None or not due:
+            return
+        result = perplexity(self.model, self.eval_data, adapter=self.adapter(state))
+        recorder.evaluation(counters.step, result)
+        if counters.best_eval_loss is not None and result.mean_nll >= counters.best_eval_loss:
+            counters.evaluations_since_best += 1
+            return
+        counters.best_eval_loss, counters.evaluations_since_best = result.mean_nll, 0
+        if self.config.save_best:
+            with replaced_folder(folder.path / "best") as best:
+                self.save_adapter(best, state)
+
+    def has_stopped_improving(self, counters: Counters) -> bool:
+        """Whether `early_stopping_patience` evaluations in a row were no better than the best."""
+        patience = self.config.early_stopping_patience
+        if not patience or counters.evaluations_since_best < patience:
+            return False
+        self.say(f"stopped at step {counters.step}: {patience} evaluations without a better loss")
+        return True
+
+    def checkpoint(self, state: RunState, folder: RunFolder, stop: "StopRequest") -> None:
+        """Every `save_steps`, and when a signal asks to stop: everything, whole or not at all."""
+        step = state.counters.step
+        if step % self.config.save_steps and not stop.signal:
+            return
+        path = folder.checkpoint(step)
+        if not path.exists():  # a resumed run that is stopped at once has it already
+            with new_folder(path) as temporary:
+                self.save_adapter(temporary, state)
+                save(temporary, state, self.identity)
+            folder.keep_newest(self.config.save_total_limit)
+        if stop.signal:
+            raise Stopped(stop.signal, path)
+
+    def end(self, state: RunState, folder: RunFolder, recorder: Recorder) -> Run:
+        """The final adapter, the plot and the summary."""
+        self.save_adapter(folder.path, state)
+        summary = recorder.summary(state.counters)
+        write_json(folder.path / "summary.json", summary)
+        recorder.plot()
+        self.say(f"done     adapter in {folder.path} (PEFT opens the folder itself)")
+        return Run(self.adapter(state), recorder.rows, summary, folder.path)
+
+    def adapter(self, state: RunState) -> Adapter:
+        """The adapter as it is now."""
+        return Adapter(state.params, self.lora.spec)
+
+    def save_adapter(self, path: Path, state: RunState) -> None:
+        """The adapter and its tokenizer into the existing folder `path`."""
+        save_adapter(
+            path,
+            self.adapter(state),
+            base_model_name=self.config.model,
+            extra={"base": self.identity.base, "step": state.counters.step},
+            tokenizer=self.tokenizer,
+        )
+
+    def epoch(self, counters: Counters) -> float:
+        """Passes over the data so far, as far as its length is known."""
+        per_epoch = self.batches.steps_per_epoch
+        within = counters.batch / self.config.gradient_accumulation_steps
+        return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
+
+
+class Stopped(QloraError):
+    """A run that a signal ended; its checkpoint is written and the run can be resumed."""
+
+    def __init__(self, number: int, checkpoint: Path):
+        name = signal.Signals(number).name
+        super().__init__(
+            "RUN-STOPPED", checkpoint, f"stopped by {name}, checkpoint saved", hint="--resume auto"
+        )
+        self.exit_code = 128 + number
+
+
+@dataclasses.dataclass
+class StopRequest:
+    """The signal that asked the run to stop, if one did."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Within the block SIGINT and SIGTERM are noted, not obeyed; a second one ends the process.
+
+    Outside the main thread Python lets nobody handle signals, and nothing changes.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, frame: object) -> None:
+        request.signal = number
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def real_tokens(batch: Any) -> int:
+    """Tokens of a batch that are not padding."""
+    segments = batch.get("segment_ids")
+    return int(batch["input_ids"].size if segments is None else (np.asarray(segments) > 0).sum())

@@ -1,0 +1,29 @@
+"""A model as adapters see one: shapes of linears, a number of layers, weights."""
+
+import dataclasses
+
+SHAPES = {
+    "self_attn.q_proj": (16, 8),
+    "self_attn.k_proj": (4, 8),
+    "self_attn.o_proj": (8, 16),
+    "mlp.up_proj": (12, 8),
+    "mlp.down_proj": (8, 12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallConfig:
+    num_hidden_layers: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallModel:
+    held: dict = dataclasses.field(default_factory=dict)
+    config: SmallConfig = SmallConfig()
+    dtype: str = "float32"
+
+    def linear_shapes(self):
+        return dict(SHAPES)
+
+    def weights(self):
+        return self.held

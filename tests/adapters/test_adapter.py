@@ -1,0 +1,121 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax.adapters.adapter import Adapter, check_finite
+from qlora_jax.adapters.init import init_adapter, init_lora
+from qlora_jax.adapters.lora import lora_delta
+from qlora_jax.adapters.spec import make_spec
+from qlora_jax.errors import InputError
+from tests.adapters.small_model import SmallModel
+
+KEY = jax.random.key(7)
+UNEQUAL = {"r": 4, "rank_pattern": {"layers.1.self_attn.q_proj": 2}}
+
+
+def test_the_whole_tree():
+    lora = init_lora(SmallModel(), r=4, targets=["q_proj", "down_proj"], key=KEY)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), lora.params)
+    assert shapes == {
+        "self_attn.q_proj": {"A": ((3, 4, 8), "float32"), "B": ((3, 16, 4), "float32")},
+        "mlp.down_proj": {"A": ((3, 4, 12), "float32"), "B": ((3, 8, 4), "float32")},
+    }
+    assert lora.num_parameters == 3 * 4 * (8 + 16 + 12 + 8)
+    assert lora.nbytes == 4 * lora.num_parameters
+
+
+def test_padding_counts_as_bytes_and_not_as_parameters():
+    lora = init_lora(SmallModel(), **UNEQUAL, targets=["q_proj"], key=KEY)
+    assert lora.num_parameters == (4 + 2 + 4) * (8 + 16)
+    assert lora.nbytes == 4 * 3 * 4 * (8 + 16)
+
+
+@pytest.mark.usefixtures("strict_promotion")
+def test_the_beginning_is_pefts():
+    spec = make_spec({"wide": (3, 400)}, 2, r=500)
+    lora = init_adapter({"wide": (3, 400)}, spec, KEY)
+    A = np.asarray(lora.params["wide"]["A"])
+    bound = 1 / np.sqrt(400)
+    assert not lora.params["wide"]["B"].any()
+    assert np.abs(A).max() <= np.float32(bound)
+    # 400,000 uniform numbers: the standard error of each of the two is 1e-3 of the bound or less.
+    assert abs(A.mean()) < 5e-3 * bound
+    assert abs(A.std() / (bound / np.sqrt(3)) - 1) < 5e-3
+    assert len(np.unique(A)) > 0.9 * A.size  # layers and rows are not copies of each other
+
+
+def test_a_rows_numbers_depend_on_key_name_and_layer_alone():
+    def A(**settings):
+        return init_lora(SmallModel(), key=KEY, **settings).params["mlp.up_proj"]["A"]
+
+    alone, among = A(r=4, targets=["up_proj"]), A(r=4)
+    np.testing.assert_array_equal(alone, among)
+    np.testing.assert_array_equal(alone, A(r=6, targets=["up_proj"])[:, :4])
+    np.testing.assert_array_equal(
+        alone[1:], A(r=4, rank_pattern={"layers.0.mlp.up_proj": 9})[1:, :4]
+    )
+    other = init_lora(SmallModel(), r=4, key=jax.random.key(8)).params["mlp.up_proj"]["A"]
+    assert not np.array_equal(alone, other)
+
+
+def test_the_first_numbers_stay_what_they_are():
+    # Runs are repeatable across versions of this project only while these hold.
+    lora = init_lora(SmallModel(), r=2, targets=["q_proj"], key=jax.random.key(0))
+    first = np.asarray(lora.params["self_attn.q_proj"]["A"])[:2, :, 0]
+    np.testing.assert_array_equal(first, FIRST)
+
+
+FIRST = np.zeros((2, 2), np.float32)
+
+
+def test_layers_are_cut_to_their_rank():
+    lora = init_lora(SmallModel(), **UNEQUAL, targets=["q_proj"], key=KEY)
+    chex.assert_shape(lora.layer("self_attn.q_proj", 0), [(4, 8), (16, 4)])
+    chex.assert_shape(lora.layer("self_attn.q_proj", 1), [(2, 8), (16, 2)])
+    np.testing.assert_array_equal(lora.params["self_attn.q_proj"]["A"][1, 2:], np.zeros((2, 8)))
+
+
+def test_padding_stays_zero_and_scales_stay_put_under_adamw():
+    lora = init_lora(SmallModel(), **UNEQUAL, targets=["q_proj"], key=KEY)
+    scales = lora.spec.scales("self_attn.q_proj").copy()
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+    tx = optax.adamw(1e-2, weight_decay=0.1)
+
+    def loss(adapter: Adapter):
+        pair, scale = adapter.params["self_attn.q_proj"], adapter.spec.scales("self_attn.q_proj")
+        y = jax.vmap(lora_delta, (None, 0, 0, 0))(x, pair["A"], pair["B"].swapaxes(1, 2), scale)
+        return jnp.sum((y - 1) ** 2)
+
+    state = tx.init(lora)
+    for _ in range(3):
+        updates, state = tx.update(jax.grad(loss)(lora), state, lora)
+        lora = optax.apply_updates(lora, updates)
+    A, B = lora.params["self_attn.q_proj"].values()
+    assert B[1, :, :2].all()  # it has learned
+    assert not A[1, 2:].any()
+    assert not B[1, :, 2:].any()
+    np.testing.assert_array_equal(lora.spec.scales("self_attn.q_proj"), scales)
+
+
+def test_one_compile_for_specs_that_adapt_alike():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def total(adapter):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(adapter.params))
+
+    total(init_lora(SmallModel(), r=4, targets=["q_proj"], key=KEY))
+    total(init_lora(SmallModel(), r=4, targets=r".*\.q_proj", key=KEY))
+
+
+def test_a_value_that_is_not_finite_is_named():
+    lora = init_lora(SmallModel(), r=2, targets=["q_proj"], key=KEY)
+    params = lora.params["self_attn.q_proj"]
+    spoiled = Adapter(
+        {"self_attn.q_proj": dict(params, B=params["B"].at[1, 3, 0].set(jnp.nan))}, lora.spec
+    )
+    where = r"model\.layers\.1\.self_attn\.q_proj\.lora_B: nan at \[3, 0\], not finite"
+    with pytest.raises(InputError, match=where):
+        check_finite(spoiled)

@@ -1,0 +1,102 @@
+"""What is written is what the safetensors package writes, and is what is read again."""
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from qlora_jax.checkpoints import write_shards
+from qlora_jax.checkpoints.shards import INDEX, SINGLE, Shards
+from qlora_jax.checkpoints.write_shards import ShardWriter, group, model_folder
+from qlora_jax.errors import InputError, StorageError
+
+TREE = {
+    "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "a": np.arange(5, dtype=np.uint8),
+    "d": np.asarray(7, np.int64),
+    "c": np.zeros((0, 2), np.float16),
+    "e": np.arange(4).astype(ml_dtypes.bfloat16),
+}
+SPECS = {name: (array.dtype, array.shape) for name, array in TREE.items()}
+
+
+def write(out, tree=TREE, **options):
+    with model_folder(out, {"a": 1}, SPECS, {"extra.txt": b"x"}, **options) as writer:
+        for name, array in tree.items():
+            writer.write(name, array)
+
+
+def test_one_file_has_the_bytes_of_the_package(tmp_path):
+    write(tmp_path / "out")
+    expected = safetensors.numpy.save(TREE, {"format": "pt"})
+    assert (tmp_path / "out" / SINGLE).read_bytes() == expected
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"a": 1}
+    assert (tmp_path / "out" / "extra.txt").read_bytes() == b"x"
+
+
+def test_the_order_of_writing_does_not_matter(tmp_path):
+    write(tmp_path / "one")
+    write(tmp_path / "two", dict(reversed(TREE.items())))
+    assert (tmp_path / "one" / SINGLE).read_bytes() == (tmp_path / "two" / SINGLE).read_bytes()
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 13, 30])
+def test_shards_are_read_again(tmp_path, shard_bytes):
+    write(tmp_path / "out", shard_bytes=shard_bytes)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in TREE.values())
+    with Shards(tmp_path / "out") as shards:
+        assert set(shards.names()) == set(TREE)
+        for name, array in TREE.items():
+            read = shards.read(name)
+            assert (read.dtype, read.shape) == (array.dtype, array.shape)
+            assert read.tobytes() == array.tobytes()
+
+
+def test_groups_keep_the_order_and_the_limit():
+    specs = {
+        name: (np.dtype(np.uint8), (size,)) for name, size in zip("abcd", (3, 3, 9, 1), strict=True)
+    }
+    assert group(specs, 6) == [["a", "b"], ["c"], ["d"]]
+    assert group(specs, 16) == [["a", "b", "c", "d"]]
+    assert group({}, 6) == [[]]
+
+
+def test_damage_on_the_way_to_the_disk_is_noticed(tmp_path, monkeypatch):
+    real = write_shards.write_all
+
+    def damaged(file, data, offset):
+        data = bytearray(data)
+        if len(data) == TREE["b"].nbytes:
+            data[3] ^= 1
+        real(file, data, offset)
+
+    monkeypatch.setattr(write_shards, "write_all", damaged)
+    with pytest.raises(StorageError, match=r"OUT-VERIFY.*: b: differs on the disk"):
+        write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_large_is_refused_before_anything_is_written(tmp_path):
+    specs = {"a": (np.dtype(np.uint8), (10**15, 1000))}
+    with pytest.raises(StorageError, match=r"OUT-FULL.*needs 1000000000000000000 bytes"):
+        ShardWriter(tmp_path, specs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'out'}: exists already")):
+        write(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, {**TREE, "b": TREE["b"].T}, {**TREE, "b": TREE["b"].astype(int)}]
+)
+def test_wrong_calls_are_caught(tmp_path, tree):
+    with pytest.raises(AssertionError):
+        write(tmp_path / "out", tree)
+    assert list(tmp_path.iterdir()) == []

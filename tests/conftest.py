@@ -1,0 +1,34 @@
+"""What every test runs with: the CPU, a warm compile cache, few and repeatable random examples."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import tests.typechecker  # noqa: F401  # by name, for jaxtyping: see pyproject.toml
+
+settings.register_profile(
+    "default", deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the platform before JAX is imported: a GPU only for tests that ask for it."""
+    if config.option.markexpr != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    cache = Path(__file__).parent.parent / ".cache" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture
+def strict_promotion():
+    """Mixed dtypes raise: for code whose every cast is meant."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield

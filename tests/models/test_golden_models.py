@@ -1,0 +1,70 @@
+"""Logits, losses and greedy tokens of every golden model against transformers, in float32."""
+
+import numpy as np
+import pytest
+
+from qlora_jax.checkpoints.load import load_weights
+from qlora_jax.checkpoints.shards import Shards
+from qlora_jax.models import Decoder, KVCache, ModelConfig
+from qlora_jax.train.loss import loss_fn
+from tests.golden_data import GOLDEN, GoldenFile
+from tests.tolerances import LOGITS_ATOL, LOSS_ATOL
+
+FOLDERS = sorted(folder.name for folder in (GOLDEN / "models").iterdir() if folder.is_dir())
+# Families that transformers has golden data for and this project does not build yet.
+NOT_YET = {"gemma2", "gemma3", "mistral", "phi3", "qwen2", "qwen3"}
+SUPPORTED = {"llama", "llama3_rope", "llama_tied"}
+
+
+def decoder(name: str) -> Decoder:
+    source = Shards(GOLDEN / "models" / name)
+    config = ModelConfig.from_dict(source.config, name)
+    weights = load_weights(source, config, quantization=None, dtype="float32")
+    return Decoder.from_weights(config, weights, "float32")
+
+
+def test_every_folder_is_supported_or_listed():
+    assert set(FOLDERS) <= SUPPORTED | NOT_YET
+    assert set(FOLDERS) >= SUPPORTED
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED))
+def test_golden_model(name):
+    model = decoder(name)
+    inputs = {"input_ids", "attention_mask", "prompt"}
+    with GoldenFile(GOLDEN / "models" / name / "io.npz", inputs=inputs) as golden:
+        ids, mask = golden.input("input_ids"), golden.input("attention_mask")
+        logits = model(ids.astype(np.int32), attention_mask=mask.astype(np.int32))
+        golden.compare("logits", logits, atol=LOGITS_ATOL, where=mask)
+        batch = {
+            "input_ids": ids.astype(np.int32),
+            "labels": np.where(mask, ids, -100).astype(np.int32),
+            "segment_ids": mask.astype(np.int32),
+        }
+        total, count = loss_fn({}, model, batch)
+        golden.compare("loss", total / count, atol=LOSS_ATOL)
+        greedy = golden.arrays["greedy"]
+        golden.compare_exact("greedy", continued(model, golden.input("prompt"), greedy.shape[1]))
+
+
+def continued(model: Decoder, prompt: np.ndarray, length: int) -> np.ndarray:
+    """Greedy decoding with a cache: the prompt in one call, then token by token."""
+    cache = KVCache.create(model.config, len(prompt), length, "float32")
+    tokens, new = prompt, prompt
+    while tokens.shape[1] < length:
+        logits, cache = model(new.astype(np.int32), cache=cache)
+        new = np.asarray(logits[:, -1].argmax(-1))[:, None]
+        tokens = np.concatenate([tokens, new], axis=1)
+    return tokens
+
+
+def test_padding_on_the_right_does_not_reach_a_cache():
+    model = decoder("llama")
+    prompt = np.array([[5, 6, 7], [9, 8, 0]], np.int32)
+    mask = np.array([[1, 1, 1], [1, 1, 0]], np.int32)
+    cache = KVCache.create(model.config, 2, 8, "float32")
+    _, cache = model(prompt, segment_ids=mask, cache=cache)
+    assert cache.length.tolist() == [3, 2]
+    logits, _ = model(np.array([[1], [1]], np.int32), cache=cache)
+    alone = model(np.array([[9, 8, 1]], np.int32))
+    np.testing.assert_allclose(logits[1, 0], alone[0, 2], atol=LOGITS_ATOL)

@@ -1,0 +1,55 @@
+"""One value of a golden array is changed, and a test of the suite must fail for it.
+
+Each row: the file, the array, and a quick test that looks at it. Every folder of golden data has
+a row; that every array of a file is looked at, GoldenFile itself sees to.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.golden_data import GOLDEN, spoil
+
+ROOT = Path(__file__).parent.parent
+MODELS = "tests/models/test_golden_models.py::test_golden_model"
+TRAINING = "tests/train/test_golden_training.py::test_golden_training"
+OPTIMIZERS = "tests/optim/test_paged_adamw.py::test_golden_optimizers"
+WRITTEN = "tests/checkpoints/test_bnb4bit.py::test_golden_is_written_bit_for_bit"
+
+SPOILED = [
+    ("models/llama/io.npz", "logits", f"{MODELS}[llama]"),
+    ("models/llama/io.npz", "greedy", f"{MODELS}[llama]"),
+    ("models/llama_tied/model.safetensors", "model.norm.weight", f"{MODELS}[llama_tied]"),
+    (
+        "bnb_state/checkpoint/model.safetensors",
+        "model.layers.1.mlp.up_proj.weight.absmax",
+        f"{WRITTEN}[bnb-quantized here]",
+    ),
+    ("training/optimizers.npz", "bnb_adamw32", f"{OPTIMIZERS}[device]"),
+    ("training/trajectory.npz", "grad_norm", f"{TRAINING}[device]"),
+]
+
+
+def test_every_folder_has_a_row():
+    folders = {folder.name for folder in GOLDEN.iterdir() if folder.is_dir()}
+    assert folders == {file.split("/")[0] for file, _, _ in SPOILED}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "key", "test"), SPOILED)
+def test_a_spoiled_array_makes_its_test_fail(tmp_path, file, key, test):
+    spoil(GOLDEN, tmp_path / "golden", file, key)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", test],
+        env={**os.environ, "QLORA_GOLDEN": str(tmp_path / "golden")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    # 1: collected, run, failed; any other code is an accident that proves nothing.
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^\S+:\d+: AssertionError", done.stdout, re.MULTILINE), done.stdout
