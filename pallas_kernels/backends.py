@@ -20,7 +20,7 @@ Backends = tuple[tuple[str, Callable[..., Any]], ...]
 
 
 class Unsupported(NotImplementedError):
-    """This backend is not for this input: ask the next one, and keep the reason."""
+    """A backend is not for this input: ask the next one, and keep the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,7 @@ class Choice:
         return f"{self.backend or 'none'} ({reasons})" if reasons else f"{self.backend}"
 
 
-def dispatch(
-    backends: Backends, *arrays: Any, backend: str | None = None, **static: Any
-) -> Any:
+def dispatch(backends: Backends, *arrays: Any, backend: str | None = None, **static: Any) -> Any:
     """The result of the first of `backends` that takes the input.
 
     Args:

@@ -31,7 +31,8 @@ FP4 = [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]
 INT4 = [7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]
 
 
-def table(values: list[float], unit: float) -> np.ndarray:
+def table(values: list, unit: float) -> np.ndarray:
+    """Float32 multiples of `unit`'s inverse, read-only: every caller shares the array."""
     array = np.asarray(values, np.float32) / np.float32(unit)
     array.flags.writeable = False
     return array

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qlora_jax
+from qlora_jax.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "qlora_jax")
@@ -175,6 +176,13 @@ def test_readmes_tree_is_the_real_tree():
     assert [path for path in named if not (ROOT / path).exists()] == []
     folders = {str(path.parent.relative_to(ROOT)) for path in MODULES}
     assert folders - set(named) == set(), "package folders that README does not name"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_a_recipe_is_a_valid_config(path):
+    overrides = ["model=here", "dataset=rows.jsonl", "output_dir=out"]
+    config = TrainConfig.from_yaml(path, overrides)
+    assert config.notes == (), "a recipe is written in the keys' own names"
 
 
 def loaded_by(*arguments: str) -> set[str]:

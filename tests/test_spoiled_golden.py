@@ -19,16 +19,23 @@ MODELS = "tests/models/test_golden_models.py::test_golden_model"
 TRAINING = "tests/train/test_golden_training.py::test_golden_training"
 OPTIMIZERS = "tests/optim/test_paged_adamw.py::test_golden_optimizers"
 WRITTEN = "tests/checkpoints/test_bnb4bit.py::test_golden_is_written_bit_for_bit"
+PEFT = "tests/checkpoints/test_peft_golden.py::test_golden_adapter"
+SMOLLM2 = "tests/evaluation/test_golden_smollm2.py"
+KERNELS = "tests/pallas_kernels"
 
 SPOILED = [
-    ("models/llama/io.npz", "logits", f"{MODELS}[llama]"),
-    ("models/llama/io.npz", "greedy", f"{MODELS}[llama]"),
-    ("models/llama_tied/model.safetensors", "model.norm.weight", f"{MODELS}[llama_tied]"),
+    ("adapters/io.npz", "rslora.logits", f"{PEFT}[rslora]"),
     (
         "bnb_state/checkpoint/model.safetensors",
         "model.layers.1.mlp.up_proj.weight.absmax",
         f"{WRITTEN}[bnb-quantized here]",
     ),
+    ("models/llama/io.npz", "logits", f"{MODELS}[llama]"),
+    ("models/llama/io.npz", "greedy", f"{MODELS}[llama]"),
+    ("models/llama_tied/model.safetensors", "model.norm.weight", f"{MODELS}[llama_tied]"),
+    ("nf4/ramp.npz", "float32.nf4.64.dq.codes", f"{KERNELS}/test_quantize.py::test_golden[ramp]"),
+    ("nf4/tables.npz", "fp4", f"{KERNELS}/test_codebooks.py::test_golden_tables"),
+    ("smollm2/logits.npz", "values", f"{SMOLLM2}::test_largest_logits"),
     ("training/optimizers.npz", "bnb_adamw32", f"{OPTIMIZERS}[device]"),
     ("training/trajectory.npz", "grad_norm", f"{TRAINING}[device]"),
 ]

@@ -17,8 +17,8 @@ VJP_ATOL = 2e-5
 TRAINING_LOSS_RTOL = 1e-4
 FINAL_ADAPTER_ATOL = 1e-4
 
-# golden optimizers: three float32 AdamWs that round in different orders. Each of 20 steps may differ
-# by one unit in the last place of a parameter of size up to 4 (2.4e-7); seen: 2.1e-6.
+# golden optimizers: three float32 AdamWs that round in different orders. Each of 20 steps may
+# differ by one unit in the last place of a parameter of size up to 4 (2.4e-7); seen: 2.1e-6.
 OPTIMIZER_ATOL = 5e-6
 # Schedules: float32 here, float64 in transformers; a few roundings of a factor up to 1.
 SCHEDULE_ATOL = 3e-7
@@ -37,3 +37,7 @@ SMOLLM2_NLL_ATOL = 2e-3
 SMOLLM2_PERPLEXITY_ATOL = 6e-2
 # Float32 logits near 20 after 30 layers, sums in another order.
 SMOLLM2_LOGITS_ATOL = 2e-3
+
+# A weight against its dequantized value: three float32 roundings (6e-8 each) of numbers up to
+# absmax, against half of the widest gap of a codebook, which is at least absmax / 14.
+HALF_GAP_RTOL = 5e-6

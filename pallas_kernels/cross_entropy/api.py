@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK = 128  # tokens whose logits exist at one time: 128 x 49,152 float32 are 25 MB
+CHUNK = 64  # tokens whose logits exist at one time: 64 x 49,152 float32 are 13 MB
 PIECE = 4096  # a product over a whole vocabulary runs at half speed on a CPU (docs/log.md)
 
 
@@ -44,14 +44,17 @@ def cross_entropy(
 
 @jax.custom_vjp
 def chunked(x: Array, head: Array, labels: Array) -> CrossEntropy:
+    """The sums, with a gradient for x alone."""
     return over_chunks(x, head, labels, with_gradient=False)[0]
 
 
 def forward(x, head, labels):
+    """The sums, and d loss / dx as what the backward pass needs."""
     return over_chunks(x, head, labels, with_gradient=True)
 
 
 def backward(dx, cotangents):
+    """d loss / dx, scaled by what comes from behind; the other sum has no gradient."""
     return (dx.astype(jnp.float32) * cotangents.loss).astype(dx.dtype), None, None
 
 

@@ -53,7 +53,9 @@ def nf4_matmul(
     return y.reshape(*x.shape[:-1], shape[0])
 
 
-def explain(x: Array, weight: Weight, backend: str | None = None) -> backends.Choice:
+def explain(
+    x: Array | jax.ShapeDtypeStruct, weight: Weight, backend: str | None = None
+) -> backends.Choice:
     """Which backend `nf4_matmul` would choose for rows (M, in), and why not the others."""
     return backends.explain(FORWARD, x, weight, backend=backend)
 

@@ -12,6 +12,7 @@ from pallas_kernels.nf4_matmul.weight import Weight
 
 
 def check(w: Weight) -> None:
+    """Raises Unsupported for another device or code order."""
     if jax.default_backend() != "cpu":
         raise Unsupported(f"the default device is a {jax.default_backend()}, not a CPU")
     if w.layout != "halves":

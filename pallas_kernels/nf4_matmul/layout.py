@@ -1,15 +1,66 @@
-"""Stub."""
+"""The code order each kernel wants, and the way there and back.
+
+One row of a matrix with 8 columns, two codes a byte, high nibble first:
+
+    bnb      w0 w1 | w2 w3 | w4 w5 | w6 w7      as bitsandbytes stores it
+    halves   w0 w4 | w1 w5 | w2 w6 | w3 w7      high nibbles: the row's first half; low: its second
+
+A kernel that unpacks `halves` gets two runs of neighbouring columns, which it joins or uses as
+they are; from `bnb` it gets even and odd columns, which it must interleave first.
+"""
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt8
+
+LAYOUTS = ("bnb", "halves")
 
 
-def prepack(c,layout):
-    if layout=="bnb": return c
-    xp=np if isinstance(c,np.ndarray) else jnp
-    v=xp.stack([c>>4,c&15],-1).reshape(*c.shape[:-1],-1); h=v.shape[-1]//2
-    return v[...,:h]<<4|v[...,h:]
-def unpack(c,layout):
-    if layout=="bnb": return c
-    xp=np if isinstance(c,np.ndarray) else jnp
-    v=xp.concatenate([c>>4,c&15],-1)
-    return v[...,::2]<<4|v[...,1::2]
+def prepack(
+    codes: UInt8[Array | np.ndarray, "*rows bytes"], layout: str
+) -> UInt8[Array | np.ndarray, "*rows bytes"]:
+    """The same codes, from bitsandbytes' order into that of `layout`; `unpack` undoes it.
+
+    Args:
+      codes: uint8 (*lead, out, in/2); NumPy arrays stay on the host and in NumPy.
+      layout: `bnb` (nothing changes) or `halves`.
+
+    Raises:
+      ValueError: an unknown layout, or rows of an odd number of bytes.
+    """
+    if check(codes, layout) == "bnb":
+        return codes
+    first, second = split(codes)
+    return interleave(first & 0xF0 | second >> 4, first << 4 | second & 0x0F)
+
+
+def unpack(
+    codes: UInt8[Array | np.ndarray, "*rows bytes"], layout: str
+) -> UInt8[Array | np.ndarray, "*rows bytes"]:
+    """The same codes, from the order of `layout` back into bitsandbytes'; see `prepack`."""
+    if check(codes, layout) == "bnb":
+        return codes
+    even, odd = codes[..., ::2], codes[..., 1::2]
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    return xp.concatenate([even & 0xF0 | odd >> 4, even << 4 | odd & 0x0F], axis=-1)
+
+
+def check(codes, layout: str) -> str:
+    """The layout, if there is such a one and these codes can have it."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; the layouts are {', '.join(LAYOUTS)}")
+    if layout == "halves" and codes.shape[-1] % 2:
+        raise ValueError(f"codes are {codes.shape}: `halves` needs an even number of bytes a row")
+    return layout
+
+
+def split(codes):
+    """The bytes of each row's first half and of its second."""
+    half = codes.shape[-1] // 2
+    return codes[..., :half], codes[..., half:]
+
+
+def interleave(even, odd):
+    """The bytes even[0], odd[0], even[1], odd[1], ... of each row."""
+    xp = np if isinstance(even, np.ndarray) else jnp
+    return xp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], -1)

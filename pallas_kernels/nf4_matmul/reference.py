@@ -1,4 +1,4 @@
-"""The exact meaning of nf4_matmul in plain jnp: the oracle of every backend, and the last resort."""
+"""The exact meaning of nf4_matmul in plain jnp: the oracle of each backend, and the last resort."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike

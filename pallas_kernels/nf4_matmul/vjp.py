@@ -18,15 +18,17 @@ def frozen_matmul(
     backward: Backends,
     backend: str | None,
 ) -> Float[Array, "M out"]:
-    """x W^T by the first of `forward` that takes it, with the gradient dy W by one of `backward`."""
+    """x W^T by the first of `forward` that takes it; its gradient is dy W by one of `backward`."""
     return dispatch(forward, x, w, backend=backend)
 
 
 def keep(x, w, forward, backward, backend):
+    """The product, and the stored weight for the backward pass."""
     return dispatch(forward, x, w, backend=backend), w
 
 
 def pull_back(forward, backward, backend, w, dy):
+    """dy W; the weight has no gradient."""
     return dispatch(backward, dy, w, backend=backend), None
 
 

@@ -54,18 +54,19 @@ def nearest_codes(
     blocks: Float[Array, "*blocks size"], kind: str
 ) -> tuple[UInt8[Array, "*blocks size"], Float32[Array, "*blocks"]]:
     """Codes and absmax of whole blocks, scaled by the reciprocal of absmax."""
-    x = blocks.astype(jnp.float32)
-    absmax = jnp.abs(x).max(axis=-1)
-    scaled = x * (1 / jnp.maximum(absmax, TINY))[..., None]
+    # In the blocks' own dtype, which is exact: a shared float32 copy would be stored whole.
+    absmax = jnp.abs(blocks).max(axis=-1).astype(jnp.float32)
+    scaled = blocks.astype(jnp.float32) * (1 / jnp.maximum(absmax, TINY))[..., None]
     return code_of(scaled, kind), absmax
 
 
 def nearest_codes_short(
     block: Float[Array, " size"], kind: str
 ) -> tuple[UInt8[Array, " size"], Float32[Array, ""]]:
-    """Codes and absmax of the short block at the end, which is divided by absmax."""
+    """Codes and absmax of the short block at the end, divided by an absmax that is never 0."""
     x = block.astype(jnp.float32)
     absmax = jnp.abs(x).max()
+    absmax = jnp.where(absmax == 0, np.float32(1e-38), absmax)
     return code_of(x / jnp.maximum(absmax, TINY), kind), absmax
 
 
@@ -137,4 +138,6 @@ def cascade(x: Float32[Array, "n *lanes"]) -> Float32[Array, "*lanes"]:
 def in_order(x: Float32[Array, "n *lanes"]) -> Float32[Array, "*lanes"]:
     """Sum over the first axis, one after the other, from zero."""
     zero = jnp.zeros(x.shape[1:], x.dtype)
+    if len(x) == 0:
+        return zero
     return jax.lax.scan(lambda total, row: (total + row, None), zero, x)[0]

@@ -43,10 +43,12 @@ def lora_delta(
 
 
 def forward(x, A, Bt, scale):
+    """The result, and what the backward pass needs."""
     return plain_lora_delta(x, A, Bt, scale), (x, A, Bt, scale)
 
 
 def backward(residuals, dy):
+    """Gradients for the inputs that are not frozen."""
     x, A, Bt, scale = residuals
     shape, dtype = x.shape, x.dtype
     x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from qlora_jax.errors import InputError
 
 MAX_LENGTH = 512  # characters of one pattern
-CPU_SECONDS = 2  # of the child, its start included
+CPU_SECONDS = 1  # of the child, its start included
 WALL_SECONDS = 60  # for a machine so busy that the child hardly runs
 
 PLAIN = re.compile(r"[\w.-]*")

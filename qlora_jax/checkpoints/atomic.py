@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qlora_jax.errors import InputError, StorageError
 
+CLAIMED: set[str] = set()  # temporary folders that this process holds the lock of
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -91,9 +92,11 @@ def claimed(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         lock = os.open(temporary, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    CLAIMED.add(str(temporary))
     try:
         yield temporary
     finally:
+        CLAIMED.discard(str(temporary))
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
@@ -119,7 +122,14 @@ def abandoned(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other writers away for a moment: between making a folder and locking it."""
+    """Keeps other writers away for a moment: between making a folder and locking it.
+
+    A new folder inside one that is being written needs nobody kept away, and its lock, which this
+    process holds already, would never come free.
+    """
+    if str(folder) in CLAIMED:
+        yield
+        return
     file = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

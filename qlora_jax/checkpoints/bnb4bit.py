@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
-from pallas_kernels.quantize.api import DoubleQuantized
+from pallas_kernels.quantize.api import BLOCK_SIZES, DoubleQuantized
 from qlora_jax.checkpoints.aligned import aligned_empty
 from qlora_jax.checkpoints.finite import check_finite
 from qlora_jax.checkpoints.safetensors_header import Spec
@@ -32,7 +32,6 @@ from qlora_jax.quantization.tensor import QuantizedTensor
 STATE = "quant_state.bitsandbytes__"
 SIDE = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)")
 STATE_LIMIT = 4096  # bytes
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 DENSE_DTYPES = ("float32", "bfloat16", "float16")
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -1,5 +1,6 @@
 """Loads a model's weights: checked, quantized and stacked, one tensor in memory at a time."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.nf4_matmul.layout import prepack
 from qlora_jax.checkpoints.aligned import aligned_empty
 from qlora_jax.checkpoints.bnb4bit import QuantState, is_4bit, is_beside, read_packed, read_states
 from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
@@ -68,10 +70,10 @@ def load_weights(
     loader = Loader(source, model_config, quantization, dtype, progress, on_weight)
     result = {}
     for stacked in loader.table:
-        weight = jax.device_put(loader.weight(stacked))
-        if isinstance(weight, QuantizedTensor) and layout != "bnb":
-            weight = weight.prepack(layout)
-        result[stacked] = weight
+        weight = loader.weight(stacked)
+        if isinstance(weight, QuantizedTensor):
+            weight = in_layout(weight, layout)
+        result[stacked] = jax.device_put(weight)
     return jax.block_until_ready(result)
 
 
@@ -128,18 +130,17 @@ class Loader:
 
     def weight(self, stacked: str) -> np.ndarray | QuantizedTensor:
         """One weight of all layers, in host memory."""
-        names = self.table[stacked]
+        names, layered = self.table[stacked], stacked.startswith(LAYERS)
         if names[0] in self.states:
             weight = read_packed(self.source, names, [self.states[name] for name in names])
             self.advance(stacked, len(names))
+        elif self.quantization and not self.states and self.quantization.covers(stacked):
+            weight = stack(self.quantized(names), len(names))
+        elif not layered:
+            return self.read(stacked, self.dtype)
         else:
-            covered = self.quantization and not self.states and self.quantization.covers(stacked)
-            weight = stack(self.quantized(names) if covered else self.dense(names), len(names))
-        return weight if stacked.startswith(LAYERS) else jax.tree.map(lambda a: a[0], weight)
-
-    def dense(self, names: list[str]) -> Iterator[np.ndarray]:
-        for name in names:
-            yield self.read(name, self.dtype)
+            weight = stack((self.read(name, self.dtype) for name in names), len(names))
+        return weight if layered else jax.tree.map(lambda leaf: leaf[0], weight)
 
     def quantized(self, names: list[str]) -> Iterator[QuantizedTensor]:
         """Each layer in 4 bits, its dense array already dropped."""
@@ -178,14 +179,21 @@ def stack(trees: Iterator[Any], count: int) -> Any:
     """`count` trees of equal shapes as one in host memory, with one of them alive at a time."""
     stacked = None
     for i, tree in enumerate(trees):
-        if count == 1:
-            return jax.tree.map(lambda leaf: np.asarray(leaf)[None], tree)
         if stacked is None:
             stacked = jax.tree.map(
                 lambda leaf: aligned_empty((count, *leaf.shape), leaf.dtype), tree
             )
         jax.tree.map(lambda whole, leaf, i=i: np.copyto(whole[i, ...], leaf), stacked, tree)
     return stacked
+
+
+def in_layout(tensor: QuantizedTensor, layout: str) -> QuantizedTensor:
+    """The codes in another order, where they lie: matrix by matrix in NumPy, nothing to compile."""
+    if layout == "bnb" or not tensor.by_rows:
+        return tensor
+    for codes in tensor.codes.reshape(-1, *tensor.codes.shape[-2:]):
+        codes[...] = prepack(codes, layout)
+    return dataclasses.replace(tensor, layout=layout)
 
 
 def kind_of(state: QuantState | None) -> str:

@@ -124,7 +124,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def verify(folder: Path, adapter: Adapter) -> None:
     """Reads a folder just written; every tensor, rank and scale must be as in `adapter`."""
-    shapes = {name: (p["B"].shape[1], p["A"].shape[2]) for name, p in adapter.params.items()}
+    # In the spec's order: JAX sorts the keys of params when it maps over them.
+    pairs = {name: adapter.params[name] for name in adapter.spec.targets}
+    shapes = {name: (p["B"].shape[1], p["A"].shape[2]) for name, p in pairs.items()}
     try:
         again = read_adapter(folder, shapes, adapter.spec.num_layers)
     except InputError as error:

@@ -20,6 +20,13 @@ READ = {
     "alpha_pattern": dict,
     "layers_to_transform": (list, int),
 }
+MEMBERS = {
+    "target_modules": str,
+    "exclude_modules": str,
+    "rank_pattern": int,
+    "alpha_pattern": (int, float),
+    "layers_to_transform": int,
+}
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 
 # Accepted with these values only: another one means a model that is not computed here. The
@@ -100,13 +107,13 @@ def spec_from_config(
 def check_key(key: str, value: object, where: str) -> None:
     """Refuses one entry of adapter_config.json that cannot be taken as it is."""
     if key in READ:
-        kinds = READ[key]
-        members = value if isinstance(value, list) else []
-        member = int if key == "layers_to_transform" else str
-        if value is not None and not same_kind(value, kinds):
-            raise InputError("PEFT-VALUE", where, f"{value!r}", kind_names(kinds))
-        if not all(same_kind(item, member) for item in members):
-            raise InputError("PEFT-VALUE", where, f"{value!r}", f"a list of {member.__name__}")
+        if value is not None and not same_kind(value, READ[key]):
+            raise InputError("PEFT-VALUE", where, repr(value), kind_names(READ[key]))
+        members = value.values() if isinstance(value, dict) else value
+        inside = isinstance(value, dict | list)
+        if inside and not all(same_kind(member, MEMBERS[key]) for member in members):
+            kinds = kind_names(MEMBERS[key])
+            raise InputError("PEFT-VALUE", where, repr(value), f"each one {kinds}")
     elif key in ONLY:
         if not any(same_value(value, allowed) for allowed in ONLY[key]):
             expected = " or ".join(repr(allowed) for allowed in ONLY[key])

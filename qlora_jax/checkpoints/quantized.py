@@ -59,9 +59,9 @@ def save_quantized(
         for stacked, weight in weights.items():
             names = layer_names(stacked, layers)
             layered = stacked.startswith(LAYERS)
-            if isinstance(weight, QuantizedTensor):
-                weight = weight.unpack()
             weight = jax.tree.map(np.asarray, weight)
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.unpack()  # in NumPy: nothing to compile
             for i, name in enumerate(names):
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], weight) if layered else weight
                 arrays = {name: one}

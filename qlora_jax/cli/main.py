@@ -14,6 +14,14 @@ from typing import NoReturn
 from qlora_jax.errors import InputError, QloraError, listed, nearest
 
 COMMANDS = {
+    "train": "fine-tune an adapter on a 4-bit model, as a configuration file says",
+    "validate": "check a run without its weights: all that is wrong, at once",
+    "data": "show what a run would train on: text, trained tokens, lengths",
+    "quantize": "write a model as a 4-bit checkpoint, and what that lost",
+    "evaluate": "loss and perplexity of a model, and of adapters beside it",
+    "generate": "write on from a prompt",
+    "merge": "merge an adapter into its base, and check the result",
+    "export": "write a model or an adapter in another format",
     "inspect": "what is in a model or an adapter: layers, shapes, bits per parameter, targets",
     "doctor": "versions, devices, memory, and whether the kernels compute right here",
 }
@@ -70,10 +78,14 @@ def dispatch(argv: list[str]) -> int:
         found = f"unknown command {verb!r}"
         raise InputError("CLI-COMMAND", "qlora-jax", found, f"one of {listed(COMMANDS)}", hint)
     command = importlib.import_module(f"qlora_jax.cli.{verb}")
-    parser = Parser(prog=f"qlora-jax {verb}", description=command.__doc__.splitlines()[0])
+    parser = Parser(
+        prog=f"qlora-jax {verb}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    code = command.run(parser.parse_args(rest))
+    code = command.run(parser.parse_intermixed_args(rest))
     sys.stdout.flush()
     return code or 0
 

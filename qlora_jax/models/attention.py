@@ -135,6 +135,7 @@ def block_scores(q: Array, k: Array, segment_ids: Array | None, start: int, stop
 
 
 def forward(q: Array, k: Array, v: Array, segment_ids: Array | None):
+    """The result, and what the backward pass needs."""
     n, group, length, size = q.shape
     outputs, logsumexps = [], []
     for start, stop in blocks(length):
@@ -150,6 +151,7 @@ def forward(q: Array, k: Array, v: Array, segment_ids: Array | None):
 
 
 def backward(residuals, dy: Array):
+    """Gradients for the inputs that are not frozen."""
     q, k, v, segment_ids, y, logsumexp = residuals
     n, group, length, size = q.shape
     scale = np.float32(size**-0.5)
@@ -160,9 +162,7 @@ def backward(residuals, dy: Array):
         def rows(a, start=start, stop=stop):
             return a[:, :, start:stop].reshape(n, -1, *a.shape[3:])
 
-        weights = jnp.exp(
-            block_scores(q, k, segment_ids, start, stop) - rows(logsumexp)[..., None]
-        )
+        weights = jnp.exp(block_scores(q, k, segment_ids, start, stop) - rows(logsumexp)[..., None])
         dweights = product(rows(dy), v[:, :stop], 2, 2, jnp.float32)
         dscores = (weights * (dweights - rows(delta)[..., None]) * scale).astype(q.dtype)
         dq.append(product(dscores, k[:, :stop], 2, 1).reshape(n, group, stop - start, size))

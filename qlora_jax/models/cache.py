@@ -31,7 +31,7 @@ class KVCache:
         return KVCache(zeros, jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
 
     def store(self, layer: Int[Array, ""], k: Array, v: Array) -> "KVCache":
-        """This layer's new keys and values, (B, S, K, head_dim), behind each row's `length`."""
+        """Puts a layer's new keys and values, (B, S, K, head_dim), behind each row's `length`."""
 
         def place(buffer, new):
             new = new.swapaxes(1, 2).astype(buffer.dtype)

@@ -224,9 +224,7 @@ def layer_branches(adapter: Adapter | None, params, scales, key) -> Branches:
 
 def transposed_B(params: Params) -> dict[str, dict[str, Array]]:
     """The adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
-    return {
-        name: {"A": pair["A"], "Bt": pair["B"].swapaxes(1, 2)} for name, pair in params.items()
-    }
+    return {name: {"A": pair["A"], "Bt": pair["B"].swapaxes(1, 2)} for name, pair in params.items()}
 
 
 def default_positions(

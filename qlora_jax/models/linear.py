@@ -1,4 +1,4 @@
-"""A linear layer that is dense or 4-bit, with or without an adapter; nothing above it knows which."""
+"""A linear layer, dense or 4-bit, with or without an adapter; nothing above it knows which."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Linear(nnx.Module):
     """y = x W^T (+ bias) (+ an adapter's delta), in x's dtype.
 
     Args:
-      weight: (out, in) dense or a QuantizedTensor; with a leading L when layers are stacked. Frozen.
+      weight: (out, in) dense or a QuantizedTensor, frozen; a leading L when layers are stacked.
       bias: (out,) or None.
     """
 

@@ -39,10 +39,12 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def forward(gate, up):
+    """The result, and what the backward pass needs."""
     return plain_swiglu(gate, up), (gate, up)
 
 
 def backward(residuals, dy):
+    """Gradients for the inputs that are not frozen."""
     gate, up = residuals
     g, u, d = (a.astype(jnp.float32) for a in (gate, up, dy))
     s = jax.nn.sigmoid(g)

@@ -42,10 +42,12 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def forward(x, weight, eps):
+    """The result, and what the backward pass needs."""
     return plain_rms_norm(x, weight, eps), (x, weight)
 
 
 def backward(eps, residuals, dy):
+    """Gradients for the inputs that are not frozen."""
     x, weight = residuals
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)

@@ -14,7 +14,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -32,10 +31,10 @@ class Paged:
         state = optimizer.init(params)
         params, state = optimizer.apply(params, grads, state)
 
-    Arguments are left as they are: nothing of the caller's is donated, so that host memory holds the
-    old and the new state until the caller drops the old one. Pass `params` in device memory by
-    `placement.to_device`: uncommitted arrays would come back committed, and programs that take them
-    be compiled twice.
+    `apply` takes `params` and a resident `state` over and writes the new ones in their memory: go on
+    with what it returns, and keep a copy of what is wanted later. `grads` and pages on the host are
+    left as they are. Pass `params` in device memory by `placement.to_device`: uncommitted arrays
+    would come back committed, and programs that take them be compiled twice.
 
     Args:
       tx: the transform. Clipping to a global norm must come before, over the whole tree.
@@ -81,15 +80,15 @@ class Paged:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        self.update = jax.jit(update)
-        # With its arguments kept, a program leaves results committed where they are, and `update`,
+        self.update = jax.jit(update, donate_argnums=(0, 2))
+        # Never a host array: XLA matches donated buffers by shape and not by memory kind, and the
+        # process aborts. On a CPU a page may even share its memory with the host's copy.
+        self.update_page = jax.jit(update)
+        # With its arguments kept, a program leaves results committed where they are, and an update,
         # which gets such a state back from itself, is compiled once.
         self.init_all = jax.jit(tx.init, keep_unused=True)
         self.init_page = jax.jit(lambda params, i: tx.init(page(params, i)), keep_unused=True)
         self.page = jax.jit(page)
-        # Only a copy of ours is ever donated, and never a host array: XLA matches donated buffers
-        # by shape and not by memory kind, and the process aborts.
-        self.copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
         self.write = jax.jit(write, donate_argnums=0)
 
     def init(self, params: Params) -> Any:
@@ -105,18 +104,18 @@ class Paged:
         """
         if self.memory == "device":
             return self.update(params, grads, state)
-        new, pages = self.copy(params), []
+        pages = []
         ahead = self.fetched(state, 0)
         for i in range(len(state)):
             here, ahead = ahead, self.fetched(state, i + 1)
-            updated, here = self.update(self.page(params, i), self.page(grads, i), here)
-            new = self.write(new, updated, i)
+            layer, here = self.update_page(self.page(params, i), self.page(grads, i), here)
+            params = self.write(params, layer, i)
             pages.append(self.home(i, here))
             if i >= 2:  # or the queue runs ahead, and every page is on the device at once
                 jax.block_until_ready(pages[i - 2])
         paged = state[self.resident :]
         self.bytes_moved = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(paged))
-        return new, tuple(pages)
+        return params, tuple(pages)
 
     def fetched(self, state: tuple, i: int) -> Any:
         """Page i on its way to the device; None behind the last."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora_jax.errors import InputError, listed, nearest
+from qlora_jax.errors import InputError, nearest
 from qlora_jax.train.config_rules import ALIASES, REQUIRED, UNSUPPORTED, Unused
 
 LONGEST = 200  # characters of a value in a message
@@ -44,11 +44,7 @@ def translated(
         name = ALIASES.get(key, key)
         if name not in known:
             near = nearest(key, known) or nearest(key, ALIASES)
-            hint = (
-                f"did you mean {listed(near[:1])}"
-                if near
-                else "qlora-jax init for a commented file"
-            )
+            hint = f"did you mean {near[0]}" if near else ""
             problems.append(InputError("CFG-KEY", key, "unknown key", hint=hint))
         elif name in found or (name != key and name in values):
             what = f"is {name}, which is set too"

@@ -73,6 +73,15 @@ UNUSED = (
         "one of the two",
     ),
     Unused(
+        (
+            *("lora_r", "lora_alpha", "target_modules", "exclude_modules"),
+            *("rank_pattern", "alpha_pattern", "use_rslora", "init"),
+        ),
+        lambda s: s["adapter"] is not None,
+        "the adapter that is continued has its own",
+        "one of the two",
+    ),
+    Unused(
         ("train_on", "chat_template"),
         lambda s: s["dataset_format"] == "text",
         "text rows have no template and train on all tokens",
@@ -110,6 +119,12 @@ def is_other_than(*words: str) -> Callable[[Any], bool]:
 
 
 UNSUPPORTED = (
+    Unsupported(
+        "revision",
+        lambda v: v is not None,
+        "nothing is downloaded, so there is no revision to choose",
+        "the path of a folder that holds this revision",
+    ),
     Unsupported("use_dora", lambda v: v is True, "DoRA is not trained yet", "use_dora=false"),
     Unsupported(
         "stream_weights", is_word("on"), "weights are not streamed yet", "stream_weights=off"

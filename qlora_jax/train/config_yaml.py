@@ -68,7 +68,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "missing: no such file"
-        raise InputError("CFG-FILE", str(path), what, "a YAML file", "qlora-jax init config.yaml")
+        raise InputError("CFG-FILE", str(path), what, "a YAML file")
     if path.stat().st_size > LIMIT_BYTES:
         raise InputError("CFG-FILE", str(path), "is too large", f"at most {LIMIT_BYTES} bytes")
     try:

@@ -1,4 +1,4 @@
-"""Next-token cross entropy as (sum, count): a step divides by the count of all its micro batches."""
+"""Next-token cross entropy as (sum, count): a step divides by the count of all micro batches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,9 +43,7 @@ def loss_fn(
 
     Source: the shift and the -100 of transformers' causal language models.
     """
-    sums, count = token_sums(
-        params, model, batch, spec=spec, dropout_key=dropout_key, remat=remat
-    )
+    sums, count = token_sums(params, model, batch, spec=spec, dropout_key=dropout_key, remat=remat)
     return sums.loss, count
 
 

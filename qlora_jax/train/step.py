@@ -85,6 +85,7 @@ def accumulate(total: Sums | None, new: Sums) -> Sums:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add(total: Sums, new: Sums) -> Sums:
+    """`total + new`, in the memory of `total`."""
     return jax.tree.map(jnp.add, total, new)
 
 

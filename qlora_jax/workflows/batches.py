@@ -20,7 +20,9 @@ class BatchSource:
         iterated again for every epoch and must then give the same batches.
     """
 
-    def __init__(self, data: Dataset | Iterable[Any], batch_size: int, accumulation: int, seed: int):
+    def __init__(
+        self, data: Dataset | Iterable[Any], batch_size: int, accumulation: int, seed: int
+    ):
         self.accumulation = accumulation
         self.loader = Loader(data, batch_size, seed=seed) if isinstance(data, Dataset) else None
         self.data = data
@@ -32,10 +34,12 @@ class BatchSource:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps in an epoch, a last one with fewer micro batches counted; None if unknown."""
+        """Optimizer steps in an epoch, a shorter last one counted; None if unknown."""
         if self.loader:
             return math.ceil(len(self.loader) / self.accumulation)
-        return math.ceil(len(self.data) / self.accumulation) if isinstance(self.data, Sized) else None
+        return (
+            math.ceil(len(self.data) / self.accumulation) if isinstance(self.data, Sized) else None
+        )
 
     def groups(self, epoch: int, skip: int) -> Iterator[list[dict[str, np.ndarray]]]:
         """The steps of `epoch` behind its first `skip` batches: lists of micro batches.

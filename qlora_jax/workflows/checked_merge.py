@@ -1,4 +1,4 @@
-"""A merge that is checked: the written model is opened again and must answer as base + adapter does."""
+"""A checked merge: the written model is opened again and must answer as base + adapter does."""
 
 import dataclasses
 from pathlib import Path

@@ -15,7 +15,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
-import numpy as np
 
 from qlora_jax.adapters.init import init_lora
 from qlora_jax.checkpoints.gguf import GGUF
@@ -55,7 +54,9 @@ def main() -> None:
         train_on, held_out = write_text(data)
         ids = tokenizer("\n".join(held_out), verbose=False)["input_ids"]
         text = windows(ids, config.max_seq_length)[:EVALUATED]
-        print(f"{len(train_on)} topics of Python's documentation to train on, {len(held_out)} held out")
+        print(
+            f"{len(train_on)} topics of Python's documentation to train on, {len(held_out)} held out"
+        )
         print(f"perplexity is measured on {text.size:,} held-out tokens")
 
         title("2. The model, dense and in 4 bits")
@@ -77,7 +78,9 @@ def main() -> None:
     sample_before = sample(model, tokenizer)
 
     title("3. Fine-tuning")
-    lora = init_lora(model, r=config.lora_r, alpha=config.lora_alpha, key=jax.random.key(config.seed))
+    lora = init_lora(
+        model, r=config.lora_r, alpha=config.lora_alpha, key=jax.random.key(config.seed)
+    )
     rows = load_dataset(data / "train.jsonl", tokenizer, max_seq_length=config.max_seq_length)
     run = Trainer(model, lora, rows, config, tokenizer).fit()
     tuned = perplexity(model, text, adapter=run.lora).perplexity
@@ -148,6 +151,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def title(text: str) -> None:
+    """A head line, underlined."""
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
@@ -161,7 +165,8 @@ Done in {seconds:.0f} s. In {out}:
 Next:
   qlora-jax generate "{model}" --adapter {out} --prompt "A generator is"
   qlora-jax inspect {out}
-  qlora-jax train configs/smollm2-135m.yaml model="{model}" dataset=YOURS.jsonl output_dir=out/mine""")
+  qlora-jax train configs/smollm2-135m.yaml model="{model}" \\
+      dataset=YOURS.jsonl output_dir=out/mine""")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def load(
     block_size: int = 64,
     dtype: str = "bfloat16",
     progress: Callable | None = None,
+    on_weight: Callable | None = None,
 ) -> tuple[Decoder, "PreTrainedTokenizerFast"]:
     """A frozen model and its tokenizer.
 
@@ -64,7 +65,9 @@ def load(
       double_quant: quantize the block scales too (with a name in `quantization`).
       block_size: weights that share a scale (with a name in `quantization`).
       dtype: of the activations and the dense weights: bfloat16, float32 or float16.
-      progress: called as load_weights says.
+      progress: called after each tensor with (done, total, name).
+      on_weight: called with each weight that is quantized: its name, dense, and QuantizedTensor;
+        see quantization/report.py.
 
     Raises:
       InputError: whatever is wrong with the files, in one line.
@@ -74,7 +77,13 @@ def load(
     if isinstance(quantization, str):
         quantization = QuantizationConfig(quantization, block_size, double_quant)
     with open_source(path) as source:
-        model = load_model(source, quantization=quantization, dtype=dtype, progress=progress)
+        model = load_model(
+            source,
+            quantization=quantization,
+            dtype=dtype,
+            progress=progress,
+            on_weight=on_weight,
+        )
         metadata = source.metadata if isinstance(source, GGUF) else None
         tokenizer = load_tokenizer(path, metadata, vocab_size=model.config.vocab_size)
     return model, tokenizer
@@ -83,7 +92,7 @@ def load(
 def load_model(
     source: Source,
     *,
-    quantization: QuantizationConfig | None = QuantizationConfig(),
+    quantization: QuantizationConfig | None,
     dtype: str = "bfloat16",
     progress: Callable | None = None,
     on_weight: Callable | None = None,

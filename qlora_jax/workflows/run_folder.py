@@ -1,9 +1,9 @@
 """A run's folder: who may write in it, what lies in it, which checkpoint is the newest.
 
-    out/ config.yaml environment.json metrics.jsonl train.log summary.json loss.png
-         adapter_model.safetensors adapter_config.json ...      final: PEFT loads out/ itself
-         best/                                                  the same files
-         checkpoint-500/  the same files + state/               see run_state.py
+out/ config.yaml environment.json metrics.jsonl train.log summary.json loss.png
+     adapter_model.safetensors adapter_config.json ...      final: PEFT loads out/ itself
+     best/                                                  the same files
+     checkpoint-500/  the same files + state/               see run_state.py
 """
 
 import fcntl
@@ -13,11 +13,11 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_jax.checkpoints.atomic import write_file
+from qlora_jax.checkpoints.atomic import storage_errors, write_file
 from qlora_jax.errors import InputError, Locked, StorageError
 from qlora_jax.workflows.environment import environment
 
@@ -29,23 +29,15 @@ class RunFolder:
     """One run's folder, created if need be.
 
     Raises:
-      InputError: it holds something already and the run does not resume.
+      InputError: as of `refuse_used`.
     """
 
     def __init__(self, path: str | Path, resume: bool):
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError("RUN-FOLDER", path, "is a file", "a folder", "another output_dir")
-        found = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-        if not resume and [name for name in found if name != LOCK]:
-            raise InputError(
-                "RUN-EXISTS",
-                path,
-                f"output_dir is not empty ({len(found)} entries)",
-                "a new or empty folder",
-                "another output_dir, or --resume auto to go on with this run",
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
+        refuse_used(path, resume)
+        if not resume:
+            with storage_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,6 +67,17 @@ class RunFolder:
         """config.yaml as resolved, and what it ran on."""
         write_file(self.path / "config.yaml", config_yaml.encode())
         write_json(self.path / "environment.json", environment())
+
+    def logged(self, say: Callable[[str], object]) -> Callable[[str], None]:
+        """`say`, with each line also at the end of train.log."""
+
+        def both(line: str) -> None:
+            say(line)
+            path = self.path / "train.log"
+            with storage_errors(path), open(path, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+        return both
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
@@ -110,9 +113,37 @@ class RunFolder:
         return Path(resume)
 
 
+def refuse_used(path: str | Path, resume: bool) -> None:
+    """What a run may write into: a new or an empty folder; one that it resumes must be there.
+
+    Raises:
+      InputError: RUN-EXISTS when the folder holds something, RUN-FOLDER for a file, RUN-RESUME.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError("RUN-FOLDER", path, "is a file", "a folder", "another output_dir")
+    if resume and not path.exists():
+        found = "missing: no run to resume"
+        raise InputError("RUN-RESUME", path, found, "a run's output_dir", "no --resume")
+    found = [p.name for p in path.iterdir()] if path.exists() else []
+    if not resume and [name for name in found if name != LOCK]:
+        raise InputError(
+            "RUN-EXISTS",
+            path,
+            f"output_dir is not empty ({len(found)} entries)",
+            "a new or empty folder",
+            "another output_dir, or --resume auto to go on with this run",
+        )
+
+
 def write_json(path: Path, content: dict) -> None:
     """A JSON file that people read too."""
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(path, as_json(content))
+
+
+def as_json(content: dict) -> bytes:
+    """Indented, with a line feed at the end."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def free_bytes(path: Path) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.adapters.spec import LoraSpec
+from qlora_jax.checkpoints.manifest import read_manifest
 from qlora_jax.checkpoints.orbax_io import load_with_metadata, save_orbax
 from qlora_jax.errors import ConfigMismatch, listed
 from qlora_jax.train.config import TrainConfig
@@ -113,10 +114,12 @@ def restore(folder: Path, like: RunState, identity: Identity) -> RunState:
       ConfigMismatch: it belongs to another run.
       StorageError, InputError: the files are damaged or missing.
     """
+    # Before the arrays: another rank is another configuration, not a damaged tree.
+    saved = read_manifest(folder / "state")["metadata"]
+    identity.refuse_other(Identity(**saved["identity"]), folder)
     tree, metadata = load_with_metadata(
         folder / "state", like={"params": like.params, "optimizer": like.optimizer}
     )
-    identity.refuse_other(Identity(**metadata["identity"]), folder)
     counters = Counters(**metadata["counters"])
     counters.loss_scale = LossScale(**metadata["counters"]["loss_scale"])
     return RunState(tree["params"], tree["optimizer"], counters)

@@ -1,19 +1,16 @@
-"""The training loop: batches in; adapter, metrics and checkpoints out. A stopped run goes on exactly.
+"""The training loop: batches in; adapter, metrics, checkpoints out; a stopped run goes on exactly.
 
-    for micro_batches in the data:
-        gradients of each, summed        train/step.py
-        divide once, clip, check         train/step.py
-        update, page by page             optim/
-        log, evaluate, save              every so many steps
+for micro_batches in the data:
+    gradients of each, summed        train/step.py
+    divide once, clip, check         train/step.py
+    update, page by page             optim/
+    log, evaluate, save              every so many steps
 """
 
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +20,25 @@ import optax
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.checkpoints.atomic import new_folder
-from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.errors import InputError, NonFinite, QloraError
+from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
+from qlora_jax.optim.memory import choose_memory
+from qlora_jax.optim.paged_adamw import Paged, state_bytes
 from qlora_jax.optim.schedules import schedule
+from qlora_jax.placement import to_device, total_device_bytes
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss_scale import LossScale
 from qlora_jax.train.step import accumulate, finish, gradients
+from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.batches import BatchSource
-from qlora_jax.workflows.run_folder import RunFolder, write_json
+from qlora_jax.workflows.header import header
+from qlora_jax.workflows.recorder import Recorder
+from qlora_jax.workflows.run_folder import RunFolder, refuse_small_disk, write_json
 from qlora_jax.workflows.run_state import Counters, Identity, RunState, restore, save
+from qlora_jax.workflows.signals import Stopped, StopRequest, stop_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +79,11 @@ class Trainer:
       optimizer: an optax transform instead of `config.optim`; clipping to `max_grad_norm` comes
         before it. It runs on the device, unless `elementwise` says that it may be paged.
       elementwise: the transform treats every number apart from all others.
-      say: takes each printed line.
+      say: takes each printed line; they also go to train.log.
+      notes: further lines of the header.
+
+    Attributes:
+      on_step: called with (steps done, steps in all) when a run begins and after each step.
 
     Raises:
       InputError: the configuration asks for what it has not been given.
@@ -93,12 +100,19 @@ class Trainer:
         eval_data: Dataset | None = None,
         optimizer: optax.GradientTransformation | None = None,
         elementwise: bool = False,
-        say=print,
+        say: Callable[[str], object] = print,
+        notes: Iterable[str] = (),
     ):
         if config.output_dir is None:
-            raise InputError("RUN-FOLDER", "output_dir", "missing", "a folder", "output_dir=out/run")
+            raise InputError(
+                "RUN-FOLDER", "output_dir", "missing", "a folder", "output_dir=out/run"
+            )
         self.model, self.lora, self.config, self.tokenizer = model, lora, config, tokenizer
         self.eval_data, self.say = eval_data, say
+        self.notes = (*config.notes, *notes)
+        self.on_step: Callable[[int, int], None] = lambda step, total: None
+        if eval_data is None:
+            config.refuse_unused_evaluation()
         self.batches = BatchSource(
             data,
             config.batch_size,
@@ -109,8 +123,14 @@ class Trainer:
         self.learning_rate = schedule(
             config.lr_scheduler, config.learning_rate, self.total_steps, config.warmup_ratio
         )
-        self.optimizer = choose_optimizer(config, self.learning_rate, optimizer, elementwise)
+        self.remat, self.remat_reason = choose_remat(config.gradient_checkpointing)
+        self.optimizer, self.memory_reason = self.choose_optimizer(optimizer, elementwise)
         self.key = jax.random.key(config.seed)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row; 0 for batches of the caller's own."""
+        return max(self.batches.data.row_lengths) if self.batches.loader else 0
 
     def number_of_steps(self) -> int:
         """`max_steps`, or the steps of `num_epochs` passes over the data."""
@@ -118,10 +138,42 @@ class Trainer:
             return self.config.max_steps
         if (per_epoch := self.batches.steps_per_epoch) is None:
             raise InputError(
-                "RUN-STEPS", "max_steps", "missing, and the data does not tell its length",
-                "a number of steps", "max_steps=1000",
+                "RUN-STEPS",
+                "max_steps",
+                "missing, and the data does not tell its length",
+                "a number of steps",
+                "max_steps=1000",
             )
         return math.ceil(per_epoch * self.config.num_epochs)
+
+    def choose_optimizer(
+        self, transform: optax.GradientTransformation | None, elementwise: bool
+    ) -> tuple[Paged, str]:
+        """AdamW, or the user's own transform, and why its state is where it is."""
+        config = self.config
+        if transform is None:
+            transform, elementwise = (
+                optax.adamw(
+                    self.learning_rate,
+                    b1=config.adam_beta1,
+                    b2=config.adam_beta2,
+                    weight_decay=config.weight_decay,
+                ),
+                True,
+            )
+        choice = choose_memory(
+            config.optim_memory,
+            state_bytes=state_bytes(transform, self.lora.params),
+            pages=self.lora.spec.num_layers,
+            elementwise=elementwise,
+        )
+        optimizer = Paged(
+            transform,
+            memory=choice.memory,
+            resident=choice.resident,
+            elementwise=elementwise,
+        )
+        return optimizer, choice.reason
 
     def fit(self, resume: str | Path | None = None) -> Run:
         """Runs to the end, or on from a checkpoint: `auto` for the newest, or its folder.
@@ -136,30 +188,42 @@ class Trainer:
         """
         folder = RunFolder(self.config.output_dir, resume=resume is not None)
         with folder.locked(), stop_requests() as stop:
+            self.tell = folder.logged(self.say)
+            for line in header(self):
+                self.tell(line)
             state = self.begin(folder, resume)
             folder.write_start(self.config.to_yaml())
-            recorder = Recorder(folder.path, self.config, self.total_steps, self.say)
+            recorder = Recorder(
+                folder.path, self.config, self.total_steps, state.counters, self.tell
+            )
+            self.on_step(state.counters.step, self.total_steps)
             for group in self.groups(state.counters):
                 self.step(state, group, recorder)
+                self.on_step(state.counters.step, self.total_steps)
+                trained = time.perf_counter()
                 self.evaluate(state, folder, recorder)
                 self.checkpoint(state, folder, stop)
+                recorder.idle += time.perf_counter() - trained
                 if self.has_stopped_improving(state.counters):
                     break
             return self.end(state, folder, recorder)
 
     def begin(self, folder: RunFolder, resume: str | Path | None) -> RunState:
         """The state of step 0, or that of a checkpoint."""
-        params = jax.tree.map(lambda a: a.copy(), self.lora.params)  # updates donate what they get
+        # A copy, for updates donate what they get; committed, or the programs that take it would be
+        # compiled again after the first update.
+        params = to_device(jax.tree.map(lambda a: a.copy(), self.lora.params))
         scale = LossScale.for_dtype(self.model.dtype)
         state = RunState(params, self.optimizer.init(params), Counters(loss_scale=scale))
         self.identity = Identity.of(
             self.config, fingerprint(self.model), self.batches.fingerprint, self.lora.spec
         )
+        refuse_small_disk(folder.path, 2 * nbytes([state.params, state.optimizer]))
         if resume is None:
             return state
         checkpoint = folder.resumed_checkpoint(resume)
         state = restore(checkpoint, state, self.identity)
-        self.say(f"resumed  {checkpoint} (step {state.counters.step} of {self.total_steps})")
+        self.tell(f"resumed  {checkpoint} (step {state.counters.step} of {self.total_steps})")
         return state
 
     def groups(self, counters: Counters) -> Iterator[list[Any]]:
@@ -197,7 +261,8 @@ class Trainer:
         grads, metrics = finish(
             sums, max_grad_norm=self.config.max_grad_norm, loss_scale=scale.value
         )
-        learning_rate = float(self.learning_rate(counters.step))
+        # A skipped step leaves the optimizer's own count, and with it the schedule, where it was.
+        learning_rate = float(self.learning_rate(counters.step - counters.skipped))
         if finite := bool(metrics.finite):
             state.params, state.optimizer = self.optimizer.apply(
                 state.params, grads, state.optimizer
@@ -224,7 +289,7 @@ class Trainer:
         if scale.can_fall():
             return
         counters.bad_steps += 1
-        self.say(f"step {counters.step + 1}: loss or gradient is not finite; skipped")
+        self.tell(f"step {counters.step + 1}: loss or gradient is not finite; skipped")
         if counters.bad_steps == BAD_STEPS:
             raise NonFinite(
                 "RUN-NONFINITE",
@@ -248,18 +313,17 @@ class Trainer:
             return
         counters.best_eval_loss, counters.evaluations_since_best = result.mean_nll, 0
         if self.config.save_best:
-            with replaced_folder(folder.path / "best") as best:
-                self.save_adapter(best, state)
+            self.save_adapter(folder.path / "best", state)
 
     def has_stopped_improving(self, counters: Counters) -> bool:
         """Whether `early_stopping_patience` evaluations in a row were no better than the best."""
         patience = self.config.early_stopping_patience
         if not patience or counters.evaluations_since_best < patience:
             return False
-        self.say(f"stopped at step {counters.step}: {patience} evaluations without a better loss")
+        self.tell(f"stopped at step {counters.step}: {patience} evaluations without a better loss")
         return True
 
-    def checkpoint(self, state: RunState, folder: RunFolder, stop: "StopRequest") -> None:
+    def checkpoint(self, state: RunState, folder: RunFolder, stop: StopRequest) -> None:
         """Every `save_steps`, and when a signal asks to stop: everything, whole or not at all."""
         step = state.counters.step
         if step % self.config.save_steps and not stop.signal:
@@ -276,10 +340,9 @@ class Trainer:
     def end(self, state: RunState, folder: RunFolder, recorder: Recorder) -> Run:
         """The final adapter, the plot and the summary."""
         self.save_adapter(folder.path, state)
-        summary = recorder.summary(state.counters)
+        summary = recorder.finish(state.counters)
         write_json(folder.path / "summary.json", summary)
-        recorder.plot()
-        self.say(f"done     adapter in {folder.path} (PEFT opens the folder itself)")
+        self.tell(f"done     adapter in {folder.path} (PEFT opens the folder itself)")
         return Run(self.adapter(state), recorder.rows, summary, folder.path)
 
     def adapter(self, state: RunState) -> Adapter:
@@ -287,13 +350,15 @@ class Trainer:
         return Adapter(state.params, self.lora.spec)
 
     def save_adapter(self, path: Path, state: RunState) -> None:
-        """The adapter and its tokenizer into the existing folder `path`."""
+        """The adapter and its tokenizer, into a new folder or one that may have them already."""
         save_adapter(
             path,
             self.adapter(state),
+            self.model,
+            self.tokenizer,
             base_model_name=self.config.model,
-            extra={"base": self.identity.base, "step": state.counters.step},
-            tokenizer=self.tokenizer,
+            extra={"step": state.counters.step},
+            replace=True,
         )
 
     def epoch(self, counters: Counters) -> float:
@@ -303,48 +368,21 @@ class Trainer:
         return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
 
 
-class Stopped(QloraError):
-    """A run that a signal ended; its checkpoint is written and the run can be resumed."""
-
-    def __init__(self, number: int, checkpoint: Path):
-        name = signal.Signals(number).name
-        super().__init__(
-            "RUN-STOPPED", checkpoint, f"stopped by {name}, checkpoint saved", hint="--resume auto"
-        )
-        self.exit_code = 128 + number
-
-
-@dataclasses.dataclass
-class StopRequest:
-    """The signal that asked the run to stop, if one did."""
-
-    signal: int = 0
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Within the block SIGINT and SIGTERM are noted, not obeyed; a second one ends the process.
-
-    Outside the main thread Python lets nobody handle signals, and nothing changes.
-    """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def note(number: int, frame: object) -> None:
-        request.signal = number
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def choose_remat(asked: str) -> tuple[str, str]:
+    """`full` or `none` for `gradient_checkpointing`, and why."""
+    if asked != "auto":
+        return asked, "asked for"
+    if total_device_bytes() is None:
+        return "none", "auto: memory of this device is the host's, and speed counts"
+    return "full", "auto: a layer's input is kept and the layer computed again, to save GPU memory"
 
 
 def real_tokens(batch: Any) -> int:
     """Tokens of a batch that are not padding."""
     segments = batch.get("segment_ids")
     return int(batch["input_ids"].size if segments is None else (np.asarray(segments) > 0).sum())
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

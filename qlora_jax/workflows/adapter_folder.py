@@ -1,0 +1,134 @@
+"""An adapter's folder and the base that it was trained on: written together, compared when opened.
+
+qlora_jax.json says which base, how it was quantized, which template and which stop tokens: PEFT
+refuses fields of ours in adapter_config.json.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.checkpoints import peft
+from qlora_jax.data.chat import stop_tokens
+from qlora_jax.errors import ConfigMismatch, InputError
+from qlora_jax.models import Decoder
+from qlora_jax.models.fingerprint import fingerprint
+from qlora_jax.quantization.policy import QuantizationConfig
+from qlora_jax.quantization.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_adapter(
+    path: str | Path,
+    adapter: Adapter,
+    model: Decoder,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    base_model_name: str | None = None,
+    extra: dict[str, Any] | None = None,
+    replace: bool = False,
+) -> None:
+    """Writes an adapter as PEFT lays it out, then reads it again and compares.
+
+        save_adapter("out/adapter", run.lora, model, tok)
+
+    Args:
+      path: a new folder, or with `replace` one that may hold an adapter.
+      adapter: what is written.
+      model: the base that it was trained on; described in qlora_jax.json.
+      tokenizer: saved beside it, with its chat template.
+      base_model_name: PEFT's base_model_name_or_path.
+      extra: further fields of qlora_jax.json.
+      replace: files of an existing folder may be replaced.
+
+    Raises:
+      InputError: OUT-EXISTS, or LORA-FINITE for an adapter with NaN or infinity.
+      StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
+    """
+    peft.save_adapter(
+        path,
+        adapter,
+        base_model_name=base_model_name,
+        tokenizer=tokenizer,
+        extra={**base_facts(model), **tokenizer_facts(tokenizer), **(extra or {})},
+        replace=replace,
+    )
+
+
+def load_adapter(path: str | Path, model: Decoder, *, any_base: bool = False) -> Adapter:
+    """The adapter in a PEFT folder, refused when it says that it was trained on another base.
+
+    Args:
+      path: the folder: a run's, a checkpoint's, or any that PEFT wrote.
+      model: the base.
+      any_base: do not compare.
+
+    Raises:
+      InputError: a file is missing or damaged, or does not fit the model.
+      ConfigMismatch: PEFT-BASE, with both fingerprints.
+    """
+    adapter = peft.load_adapter(path, model)
+    saved, own = peft.read_extra(path), base_facts(model)
+    alike = all(saved.get(key) == own[key] for key in ("dtype", "quantization", "layout"))
+    # Loaded in another dtype or layout, the same model has another fingerprint: nothing to compare.
+    if alike and saved["base"] != own["base"] and not any_base:
+        raise ConfigMismatch(
+            "PEFT-BASE",
+            path,
+            f"was trained on another base: fingerprint {saved['base'][:12]}, this model has "
+            f"{own['base'][:12]}",
+            "the model that it was trained on",
+            "that model, or --any-base",
+        )
+    return adapter
+
+
+def base_facts(model: Decoder) -> dict[str, Any]:
+    """What qlora_jax.json says about the base."""
+    packed = [w for w in model.weights().values() if isinstance(w, QuantizedTensor)]
+    facts: dict[str, Any] = {"base": fingerprint(model), "dtype": model.dtype}
+    if not packed:
+        return {**facts, "quantization": None, "layout": None}
+    one = packed[0]
+    return {
+        **facts,
+        "quantization": {
+            "kind": one.kind,
+            "block_size": one.block_size,
+            "double_quant": not hasattr(one.absmax, "dtype"),  # a tuple of arrays, or an array
+        },
+        "layout": one.layout,
+    }
+
+
+def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    """What qlora_jax.json says about the template and what ends a turn."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        return {}
+    facts: dict[str, Any] = {"chat_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+    try:
+        ids = stop_tokens(tokenizer)
+    except InputError:  # a template that the two probing messages do not suit
+        return facts
+    return {**facts, "stop_tokens": tokenizer.convert_ids_to_tokens(ids)}
+
+
+def trained_with(path: str | Path) -> tuple[QuantizationConfig | None, str] | None:
+    """(quantization, dtype) of the base as the adapter was trained on it; None if it does not say.
+
+    Raises:
+      InputError: qlora_jax.json is damaged.
+    """
+    saved = peft.read_extra(path)
+    if "quantization" not in saved or "dtype" not in saved:
+        return None
+    fields, dtype = saved["quantization"], saved["dtype"]
+    try:
+        return (None if fields is None else QuantizationConfig(**fields)), str(dtype)
+    except TypeError:
+        where, found = f"{path}/{peft.EXTRA}", f"quantization is {fields!r}"
+        raise InputError("PEFT-EXTRA", where, found, "kind, block_size, double_quant") from None

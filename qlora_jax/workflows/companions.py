@@ -1,0 +1,51 @@
+"""The files beside a model's weights that a copy needs too: tokenizer, generation settings."""
+
+from pathlib import Path
+
+from qlora_jax.checkpoints.files import inside
+from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.peft import tokenizer_files
+from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.workflows.open import Source
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+OTHERS = ("generation_config.json",)
+ENOUGH = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # one of these makes a tokenizer
+
+
+def companions(folder: str | Path) -> dict[str, Path]:
+    """File name -> path of those that `folder` has."""
+    paths = {name: inside(folder, name) for name in (*TOKENIZER, *OTHERS)}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def companions_of(source: Source, first: str | Path | None = None) -> dict[str, bytes | Path]:
+    """What a copy of a model gets beside its weights.
+
+    Args:
+      source: the model; a GGUF file's tokenizer is made from its metadata.
+      first: a folder whose tokenizer files, if it has any, are taken instead: an adapter's.
+    """
+    if isinstance(source, GGUF):
+        own = tokenizer_files(load_tokenizer(source.path, source.metadata))
+    else:
+        own = companions(source.path)
+    better = {} if first is None else companions(first)
+    if has_tokenizer(better):
+        own = {name: file for name, file in own.items() if name not in TOKENIZER}
+    return {**own, **better}
+
+
+def has_tokenizer(files: dict[str, bytes | Path]) -> bool:
+    """Whether a tokenizer is among the files."""
+    return bool(ENOUGH & files.keys())

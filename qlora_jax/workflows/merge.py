@@ -1,0 +1,51 @@
+"""An adapter merged into its base, as a new dense model in memory; neither is changed."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.merge import merged_weights
+from qlora_jax.checkpoints.aligned import aligned_empty
+from qlora_jax.checkpoints.names import LAYERS, split
+from qlora_jax.models import Decoder
+from qlora_jax.models.families import weight_shapes
+from qlora_jax.workflows.open import Source
+
+
+def merge(
+    model: Decoder,
+    adapter: Adapter,
+    *,
+    base: str = "dequantized",
+    source: Source | None = None,
+    dtype: str | None = None,
+) -> Decoder:
+    """A dense model that answers as `model` with `adapter` does, made one matrix at a time.
+
+        dense = merge(model, run.lora)
+
+        W + scale * B A        in float32, then rounded to `dtype`
+
+    Args:
+      model: the base; unchanged, so that there is nothing to unmerge.
+      adapter: what is merged.
+      base: `dequantized`, the weights that the adapter was trained on, or `original`, those of
+        `source`, which changes answers.
+      source: an opened checkpoint (workflows/open.py), for `base="original"`.
+      dtype: of the result; the model's by default.
+
+    Raises:
+      InputError: the adapter is not finite, or a merged weight is too large for `dtype`.
+    """
+    dtype, layers = dtype or model.dtype, model.config.num_hidden_layers
+    stacked: dict[str, np.ndarray] = {}
+    for name, shape in weight_shapes(model.config).items():
+        lead = (layers,) if name.startswith(LAYERS) else ()
+        stacked[name] = aligned_empty((*lead, *shape), jnp.dtype(dtype))
+    pairs = merged_weights(model, adapter, base=base, source=source, dtype=dtype)
+    for name, weight in pairs:
+        whole, layer = split(name)
+        stacked[whole][... if layer is None else layer] = weight
+    # Popped, so that host and device never hold the whole model twice.
+    weights = {name: jnp.asarray(stacked.pop(name)) for name in list(stacked)}
+    return Decoder.from_weights(model.config, weights, dtype)
