@@ -63,4 +63,4 @@ def split(codes):
 def interleave(even, odd):
     """The bytes even[0], odd[0], even[1], odd[1], ... of each row."""
     xp = np if isinstance(even, np.ndarray) else jnp
-    return xp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], -1)
+    return xp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], 2 * even.shape[-1])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels.codebooks import DYNAMIC_SIGNED, midpoints, sorted_codes
 
 TINY = np.finfo(np.float32).tiny  # a smaller divisor is a zero where denormals are flushed
+HUGE = np.float32(2**125)  # and the reciprocal of a larger one is denormal
 NESTED_BLOCK = 256  # scales that share one nested scale
 STEPS = 65536  # grid on which dynamic codes are looked up
 
@@ -56,7 +57,9 @@ def nearest_codes(
     """Codes and absmax of whole blocks, scaled by the reciprocal of absmax."""
     # In the blocks' own dtype, which is exact: a shared float32 copy would be stored whole.
     absmax = jnp.abs(blocks).max(axis=-1).astype(jnp.float32)
-    scaled = blocks.astype(jnp.float32) * (1 / jnp.maximum(absmax, TINY))[..., None]
+    shrink = jnp.where(absmax > HUGE, np.float32(2**-8), np.float32(1))
+    reciprocal = 1 / jnp.maximum(absmax * shrink, TINY)
+    scaled = blocks.astype(jnp.float32) * shrink[..., None] * reciprocal[..., None]
     return code_of(scaled, kind), absmax
 
 
@@ -67,7 +70,9 @@ def nearest_codes_short(
     x = block.astype(jnp.float32)
     absmax = jnp.abs(x).max()
     absmax = jnp.where(absmax == 0, np.float32(1e-38), absmax)
-    return code_of(x / jnp.maximum(absmax, TINY), kind), absmax
+    # A divisor that is seen to be one number would become a product with its reciprocal.
+    divisor = jnp.broadcast_to(jnp.maximum(absmax, TINY), x.shape)
+    return code_of(x / jax.lax.optimization_barrier(divisor), kind), absmax
 
 
 def code_of(scaled: Float32[Array, "*shape"], kind: str) -> UInt8[Array, "*shape"]:
@@ -92,12 +97,15 @@ def packed(codes: UInt8[Array, "*rows width"]) -> UInt8[Array, "*rows bytes"]:
 def double_quantize(absmax: Float32[Array, "*blocks"]) -> DoubleQuantized:
     """Codes, nested scales and offset of the scales of one matrix."""
     flat = absmax.reshape(-1)
-    offset = mean(flat)
+    # Powers of two change no bit, and keep the sum and the reciprocals of huge scales in range.
+    shrink = jnp.where(flat.max(initial=0) > 2.0**96, np.float32(2**-30), np.float32(1))
+    offset = mean(flat * shrink) / shrink
     nested_count = -(-flat.size // NESTED_BLOCK)
     centred = jnp.pad(flat - offset, (0, nested_count * NESTED_BLOCK - flat.size))
     centred = centred.reshape(nested_count, NESTED_BLOCK)
     nested = jnp.abs(centred).max(axis=-1)
-    scaled = centred * (1 / jnp.maximum(nested, TINY))[:, None]
+    reciprocal = 1 / jnp.maximum(nested * shrink, TINY)
+    scaled = centred * shrink * reciprocal[:, None]
     codes = jnp.where((nested > 0)[:, None], dynamic_code_of(scaled), np.uint8(0))
     return DoubleQuantized(codes.reshape(-1)[: flat.size].reshape(absmax.shape), nested, offset)
 

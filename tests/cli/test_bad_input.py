@@ -160,7 +160,7 @@ def tiny(tmp_path_factory):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "c.yaml").write_text(
         "model: model\ndataset: train.jsonl\noutput_dir: out\n"
-        "max_seq_length: 32\nmax_steps: 1\ndtype: float32\nlora_r: 2\n"
+        "max_seq_length: 32\nmax_steps: 1\ndtype: float32\n"
     )
     return folder
 

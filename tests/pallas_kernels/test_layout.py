@@ -23,7 +23,9 @@ def strict():
 
 
 def nibbles(codes):
-    return np.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
+    return np.stack([codes >> 4, codes & 15], axis=-1).reshape(
+        *codes.shape[:-1], 2 * codes.shape[-1]
+    )
 
 
 def test_the_drawing_in_the_docstring():
