@@ -44,3 +44,10 @@ HALF_GAP_RTOL = 5e-6
 
 # quantization.report: float32 errors and row sums of at most 256 terms against float64.
 REPORT_RTOL = 1e-5
+# quantization.tensor: three layers under scan against one by one, float32, XLA's choice of order.
+SCAN_RTOL = 1e-5
+
+# Scales in 8 bits: the quotient is rounded to a grid of 65,536 steps over [-1, 1] first ...
+DYNAMIC_GRID_ATOL = 1.6e-5
+# ... and the offset, a mean near 1, is taken off and put back in float32.
+OFFSET_ATOL = 5e-7

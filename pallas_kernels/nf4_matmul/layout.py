@@ -9,6 +9,7 @@ A kernel that unpacks `halves` gets two runs of neighbouring columns, which it j
 they are; from `bnb` it gets even and odd columns, which it must interleave first.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
@@ -28,21 +29,14 @@ def prepack(
     Raises:
       ValueError: an unknown layout, or rows of an odd number of bytes.
     """
-    if check(codes, layout) == "bnb":
-        return codes
-    first, second = split(codes)
-    return interleave(first & 0xF0 | second >> 4, first << 4 | second & 0x0F)
+    return codes if check(codes, layout) == "bnb" else in_one_pass(to_halves, codes)
 
 
 def unpack(
     codes: UInt8[Array | np.ndarray, "*rows bytes"], layout: str
 ) -> UInt8[Array | np.ndarray, "*rows bytes"]:
     """The same codes, from the order of `layout` back into bitsandbytes'; see `prepack`."""
-    if check(codes, layout) == "bnb":
-        return codes
-    even, odd = codes[..., ::2], codes[..., 1::2]
-    xp = np if isinstance(codes, np.ndarray) else jnp
-    return xp.concatenate([even & 0xF0 | odd >> 4, even << 4 | odd & 0x0F], axis=-1)
+    return codes if check(codes, layout) == "bnb" else in_one_pass(from_halves, codes)
 
 
 def check(codes, layout: str) -> str:
@@ -54,13 +48,22 @@ def check(codes, layout: str) -> str:
     return layout
 
 
-def split(codes):
-    """The bytes of each row's first half and of its second."""
+def in_one_pass(reorder, codes):
+    """`reorder(codes)`: on the host in NumPy, or on the device as one program."""
+    return reorder(codes) if isinstance(codes, np.ndarray) else jax.jit(reorder)(codes)
+
+
+def to_halves(codes):
+    """Bytes of a row's first and second half become the high and low nibbles of every byte."""
     half = codes.shape[-1] // 2
-    return codes[..., :half], codes[..., half:]
+    first, second = codes[..., :half], codes[..., half:]
+    even, odd = first & 0xF0 | second >> 4, first << 4 | second & 0x0F
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    return xp.stack([even, odd], axis=-1).reshape(codes.shape)
 
 
-def interleave(even, odd):
-    """The bytes even[0], odd[0], even[1], odd[1], ... of each row."""
-    xp = np if isinstance(even, np.ndarray) else jnp
-    return xp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], 2 * even.shape[-1])
+def from_halves(codes):
+    """`to_halves` undone."""
+    even, odd = codes[..., ::2], codes[..., 1::2]
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    return xp.concatenate([even & 0xF0 | odd >> 4, even << 4 | odd & 0x0F], axis=-1)

@@ -22,6 +22,9 @@ def quantize_4bit(
 
         absmax = max |w| over a block          code = nearest codebook value to w / absmax
 
+    A tie takes the smaller value, as in bitsandbytes; for int4, which bitsandbytes does not
+    quantize, the even one: round(w / (absmax / 7)), symmetric absmax rounding.
+
     Blocks run over `w` flattened row by row; two codes share a byte, the first in the high nibble:
 
         weights   w0 w1 | w2 w3 | ...      codes   c0<<4|c1   c2<<4|c3   ...
@@ -43,7 +46,7 @@ def quantize_4bit(
     Raises:
       ValueError: an unknown kind, block size or dtype, or `w` is not a matrix.
 
-    The values are those of bitsandbytes.functional.quantize_4bit (0.50, CPU), bit for bit.
+    NF4 and FP4 are those of bitsandbytes.functional.quantize_4bit (0.50, CPU), bit for bit.
     """
     check(kind, block_size)
     if w.ndim != 2 or w.dtype.name not in DTYPES:

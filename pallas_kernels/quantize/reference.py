@@ -57,6 +57,8 @@ def nearest_codes(
     """Codes and absmax of whole blocks, scaled by the reciprocal of absmax."""
     # In the blocks' own dtype, which is exact: a shared float32 copy would be stored whole.
     absmax = jnp.abs(blocks).max(axis=-1).astype(jnp.float32)
+    if kind == "int4":
+        return int4_code_of(blocks.astype(jnp.float32), absmax[..., None]), absmax
     shrink = jnp.where(absmax > HUGE, np.float32(2**-8), np.float32(1))
     reciprocal = 1 / jnp.maximum(absmax * shrink, TINY)
     scaled = blocks.astype(jnp.float32) * shrink[..., None] * reciprocal[..., None]
@@ -70,6 +72,8 @@ def nearest_codes_short(
     x = block.astype(jnp.float32)
     absmax = jnp.abs(x).max()
     absmax = jnp.where(absmax == 0, np.float32(1e-38), absmax)
+    if kind == "int4":
+        return int4_code_of(x, absmax), absmax
     # A divisor that is seen to be one number would become a product with its reciprocal.
     divisor = jnp.broadcast_to(jnp.maximum(absmax, TINY), x.shape)
     return code_of(x / jax.lax.optimization_barrier(divisor), kind), absmax
@@ -86,6 +90,21 @@ def code_of(scaled: Float32[Array, "*shape"], kind: str) -> UInt8[Array, "*shape
     for boundary, step in zip(midpoints(kind), np.diff(order), strict=True):  # steps wrap mod 256
         code += jnp.where(scaled > boundary, step, np.uint8(0))
     return code
+
+
+def int4_code_of(
+    x: Float32[Array, "*shape"], absmax: Float32[Array, "*blocks"]
+) -> UInt8[Array, "*shape"]:
+    """Round(x / (absmax / 7)), a tie to the even number: symmetric absmax rounding to 15 levels.
+
+    The codes fall from 7 at code 0 to 0 at code 7, and from -1 at code 9 to -7 at code 15.
+    """
+    # Both quotients as they stand: of a divisor that it knows, or that is one number for many, XLA
+    # would make a product with the rounded reciprocal.
+    seven = 7 + 0 * absmax
+    unit = jnp.broadcast_to(jnp.maximum(absmax / seven, TINY), x.shape)
+    level = jnp.clip(jnp.round(x / jax.lax.optimization_barrier(unit)), -7, 7)
+    return jnp.where(level < 0, 8 - level, 7 - level).astype(jnp.uint8)
 
 
 def packed(codes: UInt8[Array, "*rows width"]) -> UInt8[Array, "*rows bytes"]:

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
-from pallas_kernels.codebooks import CODEBOOKS, codebook, midpoints, sorted_codes
+from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, codebook, midpoints, sorted_codes
 from pallas_kernels.dequantize.api import dequantize_4bit, expand_scales
 from pallas_kernels.quantize.api import BLOCK_SIZES, double_quantize, quantize_4bit
 from pallas_kernels.quantize.reference import mean
 from tests.golden_data import GoldenFile, golden_folder
-from tests.tolerances import HALF_GAP_RTOL
+from tests.tolerances import DYNAMIC_GRID_ATOL, HALF_GAP_RTOL, OFFSET_ATOL
 
 FILES = sorted(path.stem for path in golden_folder("nf4").glob("*.npz") if path.stem != "tables")
 SHAPES = [(1, 1), (3, 7), (5, 64), (33, 96), (2, 4096), (577, 33)]
@@ -80,7 +80,18 @@ def test_two_codes_a_byte_the_first_in_the_high_nibble():
     np.testing.assert_array_equal(absmax, [[1]])
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_an_int4_tie_takes_the_even_number():
+    """round(w / (absmax / 7)) in both kinds of block: 0.5 is 0, 1.5 is 2, -2.5 is -2."""
+    w = np.zeros((1, 40), np.float32)
+    w[0, :32] = np.tile(np.arange(-7.5, 8.5), 2).clip(-7, 7)
+    w[0, 32:] = [7, 0.5, 1.5, -0.5, -1.5, -2.5, 6.5, -7]
+    codes, absmax = quantize_4bit(w, kind="int4", block_size=32)
+    dense = dequantize_4bit(codes, absmax, shape=w.shape, kind="int4", block_size=32)
+    np.testing.assert_array_equal(absmax, [7, 7])
+    np.testing.assert_array_equal(dense, np.round(w))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_tie_takes_the_smaller_value(kind):
     w = np.ones((1, 32), np.float32)
     w[0, :15] = midpoints(kind)
@@ -201,8 +212,8 @@ def test_scales_lose_at_most_one_step_of_the_dynamic_map(seed, n):
     double = double_quantize(scales)
     assert double.absmax.shape == (-(-n // 256),)
     spread = np.repeat(np.asarray(double.absmax), 256)[:n]
-    # The widest gap is 0.0141 wide; a grid of 65,536 steps adds 1.5e-5 to its half.
-    assert (np.abs(expand_scales(double) - scales) <= 0.0071 * spread + 1e-6).all()
+    gap = np.diff(DYNAMIC_SIGNED).max() / 2 + DYNAMIC_GRID_ATOL
+    assert (np.abs(expand_scales(double) - scales) <= gap * spread + OFFSET_ATOL).all()
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 31, 32, 33, 511, 512, 1000, 13824, 131072])
