@@ -11,7 +11,9 @@ SHOWN = 10  # names listed in one message; the rest is counted
 
 
 class QloraError(Exception):
-    """A state that a user can mend: `error[CODE]: where: found (expected ...). Try: hint.`
+    """A state that a user can mend, told in one line.
+
+    The text is `error[CODE]: where: found (expected ...). Try: hint.`
 
     Args:
       code: short and stable, upper case, prefixed by its area, such as `ST-LFS`.

@@ -16,7 +16,7 @@ from qlora_jax.models.linear import Branches, Linear
 from qlora_jax.models.rope import rotate
 
 MASKED = -1e30  # a score that softmax turns to 0; -inf would make a row without keys NaN
-SMALLEST_BLOCK = 256  # query rows scored at a time; fewer rows make thin, slow products
+SMALLEST_BLOCK = 128  # query rows scored at a time; half or twice as many are slower (docs/log.md)
 MOST_BLOCKS = 8  # blocks are unrolled, so their number bounds the size of the program
 
 

@@ -31,10 +31,10 @@ class Paged:
         state = optimizer.init(params)
         params, state = optimizer.apply(params, grads, state)
 
-    `apply` takes `params` and a resident `state` over and writes the new ones in their memory: go on
-    with what it returns, and keep a copy of what is wanted later. `grads` and pages on the host are
-    left as they are. Pass `params` in device memory by `placement.to_device`: uncommitted arrays
-    would come back committed, and programs that take them be compiled twice.
+    `apply` takes `params` and a resident `state` over and writes the new ones in their memory: go
+    on with what it returns, and keep a copy of what is wanted later. `grads` and pages on the host
+    are left as they are. Pass `params` in device memory by `placement.to_device`: uncommitted
+    arrays would come back committed, and programs that take them be compiled twice.
 
     Args:
       tx: the transform. Clipping to a global norm must come before, over the whole tree.

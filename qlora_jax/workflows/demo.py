@@ -55,7 +55,7 @@ def main() -> None:
         ids = tokenizer("\n".join(held_out), verbose=False)["input_ids"]
         text = windows(ids, config.max_seq_length)[:EVALUATED]
         print(
-            f"{len(train_on)} topics of Python's documentation to train on, {len(held_out)} held out"
+            f"Python's documentation: {len(train_on)} topics to train on, {len(held_out)} held out"
         )
         print(f"perplexity is measured on {text.size:,} held-out tokens")
 
@@ -81,7 +81,12 @@ def main() -> None:
     lora = init_lora(
         model, r=config.lora_r, alpha=config.lora_alpha, key=jax.random.key(config.seed)
     )
-    rows = load_dataset(data / "train.jsonl", tokenizer, max_seq_length=config.max_seq_length)
+    rows = load_dataset(
+        config.dataset,
+        tokenizer,
+        max_seq_length=config.max_seq_length,
+        overlong=config.overlong,
+    )
     run = Trainer(model, lora, rows, config, tokenizer).fit()
     tuned = perplexity(model, text, adapter=run.lora).perplexity
     print(f"perplexity of held-out text: {quantized:.2f} in NF4, {tuned:.2f} fine-tuned")

@@ -92,7 +92,7 @@ def test_state_lives_where_it_was_asked_to_and_bytes_are_counted():
 
 @pytest.mark.parametrize("memory", ["host", "device"])
 def test_a_step_takes_params_over_leaves_grads_and_compiles_once(memory):
-    params, grads = random_tree(0), random_tree(1)
+    params, grads = to_device((random_tree(0), random_tree(1)))
     before = [array.copy() for array in bits(grads)]
     optimizer = paged_adamw(1e-3, memory=memory)
     state = optimizer.init(params)
