@@ -137,14 +137,18 @@ def block_scores(q: Array, k: Array, segment_ids: Array | None, start: int, stop
 def forward(q: Array, k: Array, v: Array, segment_ids: Array | None):
     """The result, and what the backward pass needs."""
     n, group, length, size = q.shape
+    # A column of ones makes the product with v sum the weights too: a pass over the scores less,
+    # and the sum is that of the weights as they were rounded.
+    v_and_ones = jnp.concatenate([v, jnp.ones((n, length, 1), v.dtype)], axis=2)
     outputs, logsumexps = [], []
     for start, stop in blocks(length):
         scores = block_scores(q, k, segment_ids, start, stop)
         top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        mixed = product(weights.astype(v.dtype), v[:, :stop], 2, 1, jnp.float32) / total
-        outputs.append(mixed.astype(q.dtype).reshape(n, group, stop - start, size))
+        weights = jnp.exp(scores - top).astype(v.dtype)
+        mixed = product(weights, v_and_ones[:, :stop], 2, 1, jnp.float32)
+        total = mixed[..., size:]
+        y = (mixed[..., :size] / total).astype(q.dtype)
+        outputs.append(y.reshape(n, group, stop - start, size))
         logsumexps.append((top + jnp.log(total)).reshape(n, group, stop - start))
     y = jnp.concatenate(outputs, axis=2)
     return y, (q, k, v, segment_ids, y, jnp.concatenate(logsumexps, axis=2))
