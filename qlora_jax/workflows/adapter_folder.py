@@ -72,8 +72,8 @@ def load_adapter(path: str | Path, model: Decoder, *, any_base: bool = False) ->
     """
     adapter = peft.load_adapter(path, model)
     saved, own = peft.read_extra(path), base_facts(model)
-    alike = all(saved.get(key) == own[key] for key in ("dtype", "quantization", "layout"))
-    # Loaded in another dtype or layout, the same model has another fingerprint: nothing to compare.
+    alike = all(saved.get(key) == own[key] for key in ("dtype", "quantization"))
+    # Loaded in another dtype, the same model has another fingerprint: nothing to compare.
     if alike and saved["base"] != own["base"] and not any_base:
         raise ConfigMismatch(
             "PEFT-BASE",
@@ -91,7 +91,7 @@ def base_facts(model: Decoder) -> dict[str, Any]:
     packed = [w for w in model.weights().values() if isinstance(w, QuantizedTensor)]
     facts: dict[str, Any] = {"base": fingerprint(model), "dtype": model.dtype}
     if not packed:
-        return {**facts, "quantization": None, "layout": None}
+        return {**facts, "quantization": None}
     one = packed[0]
     return {
         **facts,
@@ -100,7 +100,6 @@ def base_facts(model: Decoder) -> dict[str, Any]:
             "block_size": one.block_size,
             "double_quant": not hasattr(one.absmax, "dtype"),  # a tuple of arrays, or an array
         },
-        "layout": one.layout,
     }
 
 
