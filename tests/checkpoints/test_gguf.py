@@ -17,29 +17,12 @@ from tests.checkpoints.gguf_files import (
     KV_HEADS,
     VOCAB,
     WIDTH,
-    File,
     f32,
     string,
     tiny,
     u32,
     weights,
 )
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """Writes a File or bytes, opens it; closes what it opened."""
-    sources = []
-
-    def open_file(file: File | bytes) -> GGUF:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(file if isinstance(file, bytes) else file.tobytes())
-        sources.append(GGUF(path))
-        return sources[-1]
-
-    yield open_file
-    for source in sources:
-        source.close()
 
 
 def test_a_tiny_model_reads_as_it_was_written(opened):
