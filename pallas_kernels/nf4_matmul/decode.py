@@ -1,0 +1,138 @@
+"""The lookup of all GPU kernels: packed codes to 16-bit floats in registers, two twins.
+
+    interpret   jnp, which the CPU interpreter runs
+    otherwise   inline PTX: 16 `prmt` (byte permutes) turn 4 bytes of codes into 8 values
+
+A byte permute picks 4 of 8 bytes by 3-bit selectors, so 16 table entries take two permutes and a
+third that chooses by the code's top bit; once for the low bytes of the values, once for the high.
+The table is data, 8 words that stay in registers: as immediates they cost a MOV per two permutes,
+and as data the kernel serves NF4, FP4 and INT4 alike.
+
+tests/pallas_kernels/test_ptx.py runs the PTX text itself on every input; test_layout.py proves
+from Mosaic's layouts that the registers lie where the kernels expect them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.codebooks import CODEBOOKS
+
+# A warpgroup's tile of codes, (rows, bytes), and of weights, (rows, 2 * bytes): a warp holds 4 rows
+# of 64 weights at a time, a lane 8 neighbours: 4 bytes of codes, 16 bytes of weights.
+CODES = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+WEIGHTS = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+ROWS = WEIGHTS.reduce(1)  # one value a row of WEIGHTS: the scales
+
+WORDS = 8  # uint32: the low bytes of the 16 values, then their high bytes
+
+LANES = "s t s1 t1 a b h l"
+
+
+def table_words(kind: str, dtype: DTypeLike) -> np.ndarray:
+    """The codebook rounded to bfloat16 or float16, as the (8,) uint32 that the kernels read."""
+    values = CODEBOOKS[kind].astype(dtype).view(np.uint16)
+    low, high = (values & 255).astype(np.uint8), (values >> 8).astype(np.uint8)
+    return np.concatenate([low.view(np.uint32), high.view(np.uint32)])
+
+
+def load_table(ref) -> list[jax.Array]:
+    """In a kernel, once before its loop: the words as scalars."""
+    return [ref[i] for i in range(WORDS)]
+
+
+def four_values(selector: str, top: str, first: str, second: str) -> str:
+    """PTX: the values of four codes, whose 3 low bits are in `selector` and top bits in `top`."""
+    return f"""
+ prmt.b32 a, $9, $10, {selector}; prmt.b32 b, $11, $12, {selector}; prmt.b32 h, a, b, {top};
+ prmt.b32 a, $5, $6, {selector}; prmt.b32 b, $7, $8, {selector}; prmt.b32 l, a, b, {top};
+ prmt.b32 {first}, l, h, {0x4051}; prmt.b32 {second}, l, h, {0x6273};"""
+
+
+# $0-$3: 8 values; $4: 4 bytes of codes, the first code of a byte in its high nibble; $5-$12: table.
+PTX = f"""{{ .reg .b32 {", ".join(LANES.split())};
+ and.b32 s, $4, {0x77777777}; shr.u32 t, $4, 1; and.b32 t, t, {0x44444444};
+ or.b32 t, t, {0x32103210};
+ shr.u32 s1, s, 16; shr.u32 t1, t, 16;{four_values("s", "t", "$0", "$1")}{
+    four_values("s1", "t1", "$2", "$3")
+} }}"""
+CONSTRAINTS = "=r,=r,=r,=r" + ",r" * (1 + WORDS)
+
+
+def same_register(register: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The register map of CODES -> WEIGHTS: each register of codes becomes one of weights."""
+    return [register]
+
+
+def decode(packed, table, dtype: DTypeLike, *, interpret: bool):
+    """codes (R, C) uint8 in CODES -> (R, 2C) of `dtype` in WEIGHTS, not yet scaled."""
+    if interpret:
+        return lookup_jnp(packed, table, dtype)
+    return lookup_ptx(packed, table, dtype, CODES, WEIGHTS, same_register)
+
+
+def lookup_jnp(packed, table, dtype: DTypeLike):
+    """The twin for the interpreter; scalars and `where`, as a kernel cannot capture an array."""
+    codes = jnp.stack([packed >> 4, packed & 15], -1).reshape(packed.shape[0], -1)
+    bits = jnp.zeros(codes.shape, jnp.uint16)
+    for code in range(16):
+        word, shift = code // 4, np.uint32(8 * (code % 4))
+        low, high = (table[word] >> shift) & 255, (table[word + 4] >> shift) & 255
+        bits = jnp.where(codes == code, (low | high << 8).astype(jnp.uint16), bits)
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def lookup_ptx(
+    packed,
+    table,
+    dtype: DTypeLike,
+    source: plgpu.Layout,
+    target: plgpu.Layout,
+    register_map: Callable[[tuple[int, ...]], list[tuple[int, ...]]],
+):
+    """packed (R, C) uint8 in layout `source` -> (R, 2C) of `dtype` in layout `target`.
+
+    `register_map` names, for each register of codes, the register of 8 values that it becomes, or
+    the four registers of 2.
+    """
+    shape = (packed.shape[0], 2 * packed.shape[1])
+
+    @plgpu.inline_mgpu(
+        arg_types=(source, *[plgpu.Layout.WG_SPLAT(())] * WORDS),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target),
+    )
+    def lookup(_, codes, *words):
+        i32 = ir.IntegerType.get_signless(32)
+        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+        pair = ir.VectorType.get((2,), element)
+        four = llvm.StructType.get_literal([i32] * 4)
+        words = [word.registers.item() for word in words]
+        layout = target.to_mgpu()
+        values = np.empty(layout.registers_shape(shape), dtype=object)
+        for index, register in np.ndenumerate(codes.registers):
+            arguments = [mgpu.utils.bitcast(register, i32), *words]
+            out = llvm.inline_asm(four, arguments, PTX, CONSTRAINTS)
+            pairs = [mgpu.utils.bitcast(llvm.extractvalue(i32, out, [i]), pair) for i in range(4)]
+            places = register_map(index)
+            if len(places) == 1:
+                values[places[0]] = mgpu.utils.vector_concat(pairs)
+            else:
+                for place, two in zip(places, pairs, strict=True):
+                    values[place] = two
+        return fragmented_array.FragmentedArray(
+            _registers=values, _layout=layout, _is_signed=None
+        )
+
+    return lookup(packed, *table)
