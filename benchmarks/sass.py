@@ -1,0 +1,161 @@
+"""Reads machine code (SASS): the loop that decodes weights, and what an iteration of it costs.
+
+A loop is found as compilers define it: a jump back to a block that every path to the jump has
+passed. Jumps alone do not tell: ptxas moves waiting loops to the end of a kernel, and their way
+back into the middle of a loop looks like one. Counted is the stretch from a loop's head to its
+last jump back, without loops inside it, and without what lies elsewhere and is rarely run.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+
+LABEL = re.compile(r"^(\.L\w+):")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;/]*)")
+TARGET = re.compile(r"\((\.L\w+)\)")
+
+# These issue for half of a warp's lanes a clock, all others for a whole warp (CUDA programming
+# guide, throughput of native arithmetic instructions; PRMT, LOP3 and SHF at half is an assumption).
+HALF_RATE = frozenset(
+    ("PRMT", "LOP3", "SHF", "SHL", "SHR", "LEA", "ISETP", "FSETP", "PLOP3", "FMNMX", "IMNMX")
+    + ("SEL", "FSEL", "IADD3", "I2F", "F2F", "F2FP")
+)
+MATRIX = frozenset(("HMMA", "IMMA", "QMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA"))
+# decode.py ends with one permute for every two weights that has one of these as an immediate.
+LAST_PERMUTES = ("0x4051", "0x6273")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of SASS: predicate, such as `!P1`; operation without suffixes; its operands."""
+
+    predicate: str | None
+    name: str
+    operands: str
+
+    @property
+    def operation(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def ends_block(self) -> bool:
+        return self.operation in ("BRA", "BRX", "EXIT", "RET")
+
+    @property
+    def always_leaves(self) -> bool:
+        return self.ends_block and self.predicate in (None, "PT", "UPT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Instructions that run one after the other: first, last (both counted), and where next."""
+
+    first: int
+    last: int
+    next: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One loop: its instructions in order, loops inside it left out."""
+
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def counts(self) -> collections.Counter[str]:
+        """By operation, suffixes cut off."""
+        return collections.Counter(each.operation for each in self.instructions)
+
+    @property
+    def half_rate(self) -> int:
+        return sum(self.counts[name] for name in HALF_RATE)
+
+    @property
+    def matrix(self) -> int:
+        return sum(self.counts[name] for name in MATRIX)
+
+    @property
+    def weights(self) -> int:
+        """Decoded by a thread in an iteration."""
+        return 2 * sum(
+            each.operation == "PRMT" and any(word in each.operands for word in LAST_PERMUTES)
+            for each in self.instructions
+        )
+
+
+def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """(instructions, labels): a label is the place of the instruction that follows it."""
+    instructions, labels = [], {}
+    for line in sass.splitlines():
+        if label := LABEL.match(line.strip()):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.search(line):
+            instructions.append(Instruction(*found.groups()))
+    return instructions, labels
+
+
+def blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Block]:
+    """The straight pieces of the code. BRA.DIV, for warps that have diverged, is never taken."""
+    ends = {i for i, each in enumerate(instructions) if each.ends_block}
+    starts = sorted(({0, *labels.values(), *(i + 1 for i in ends)}) & set(range(len(instructions))))
+    number = {start: n for n, start in enumerate(starts)}
+    result = []
+    for n, start in enumerate(starts):
+        last = (starts[n + 1] if n + 1 < len(starts) else len(instructions)) - 1
+        end, after = instructions[last], []
+        if not end.always_leaves and n + 1 < len(starts):
+            after.append(n + 1)
+        target = TARGET.search(end.operands) if end.operation == "BRA" else None
+        if target and not end.name.startswith("BRA.DIV"):
+            after.append(number[labels[target[1]]])
+        result.append(Block(start, last, tuple(after)))
+    return result
+
+
+def dominators(code: list[Block]) -> list[set[int]]:
+    """For each block, those that every path to it passes; all of them for unreachable ones."""
+    before = [[] for _ in code]
+    for n, block in enumerate(code):
+        for after in block.next:
+            before[after].append(n)
+    result = [set(range(len(code))) for _ in code]
+    result[0], changed = {0}, True
+    while changed:
+        changed = False
+        for n in range(1, len(code)):
+            if not before[n]:
+                continue
+            passed = {n} | set.intersection(*(result[m] for m in before[n]))
+            changed, result[n] = changed or passed != result[n], passed
+    return result
+
+
+def loops(sass: str) -> list[Loop]:
+    """The loops of a kernel, in the order of their heads."""
+    instructions, labels = parse(sass)
+    code = blocks(instructions, labels)
+    passed = dominators(code)
+    ends = {}  # of each head, its last jump back
+    for n, block in enumerate(code):
+        for head in block.next:
+            if head in passed[n] and head <= n:
+                ends[head] = max(n, ends.get(head, n))
+    stretches = [(code[head].first, code[end].last) for head, end in sorted(ends.items())]
+
+    def own(stretch):
+        first, last = stretch
+        inner = [s for s in stretches if s != stretch and first <= s[0] and s[1] <= last]
+        return tuple(
+            instructions[i]
+            for i in range(first, last + 1)
+            if not any(a <= i <= b for a, b in inner)
+        )
+
+    return [Loop(own(stretch)) for stretch in stretches]
+
+
+def main_loop(sass: str) -> Loop | None:
+    """The loop that decodes the most weights in an iteration; None if no loop decodes."""
+    decoding = [loop for loop in loops(sass) if loop.weights]
+    return max(decoding, key=lambda loop: loop.weights, default=None)
