@@ -115,9 +115,7 @@ def described(device: jax.Device) -> Gpu:
             return gpu
     major, minor = (int(part) for part in str(device.compute_capability).split("."))
     shared = SHARED.get((major, minor), (48, 48))
-    return known(
-        device.device_kind, (major, minor), device.core_count, *shared, 0, 0, 0, 0, 0
-    )
+    return known(device.device_kind, (major, minor), device.core_count, *shared, 0, 0, 0, 0, 0)
 
 
 def require(*capabilities: tuple[int, int]) -> Target:

@@ -20,6 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Chooses the platform before JAX is imported: a GPU only for tests that ask for it."""
     if config.option.markexpr != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+    # The GPU interpreter blocks a thread of XLA's pool in every group of threads that waits at a
+    # barrier: with a thread a core, two cores deadlock.
+    os.environ.setdefault("NPROC", "8")
     cache = Path(__file__).parent.parent / ".cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -37,20 +37,28 @@ WEIGHTS = plgpu.Layout.TILED(
 ROWS = WEIGHTS.reduce(1)  # one value a row of WEIGHTS: the scales
 
 WORDS = 8  # uint32: the low bytes of the 16 values, then their high bytes
+WARPGROUP = 128  # threads
+TABLE = plgpu.Layout.WG_STRIDED((WORDS * WARPGROUP,), vec_size=1)  # a lane holds every word
 
 LANES = "s t s1 t1 a b h l"
 
 
 def table_words(kind: str, dtype: DTypeLike) -> np.ndarray:
-    """The codebook rounded to bfloat16 or float16, as the (8,) uint32 that the kernels read."""
+    """The codebook rounded to bfloat16 or float16 as 8 uint32, each repeated for 128 threads."""
     values = CODEBOOKS[kind].astype(dtype).view(np.uint16)
     low, high = (values & 255).astype(np.uint8), (values >> 8).astype(np.uint8)
-    return np.concatenate([low.view(np.uint32), high.view(np.uint32)])
+    return np.concatenate([low.view(np.uint32), high.view(np.uint32)]).repeat(WARPGROUP)
 
 
-def load_table(ref) -> list[jax.Array]:
-    """In a kernel, once before its loop: the words as scalars."""
-    return [ref[i] for i in range(WORDS)]
+def load_table(ref, *, interpret: bool):
+    """In a kernel, once before its loop: the table, for `decode`.
+
+    Each lane reads the words from a place of its own. Known to be the same in all lanes, they would
+    be kept in uniform registers, and permutes would pay moves back: 1.0 instructions a weight.
+    """
+    if interpret:
+        return [ref[WARPGROUP * i] for i in range(WORDS)]
+    return plgpu.load(ref, layout=TABLE, optimized=False)
 
 
 def four_values(selector: str, top: str, first: str, second: str) -> str:
@@ -110,19 +118,18 @@ def lookup_ptx(
     shape = (packed.shape[0], 2 * packed.shape[1])
 
     @plgpu.inline_mgpu(
-        arg_types=(source, *[plgpu.Layout.WG_SPLAT(())] * WORDS),
+        arg_types=(source, TABLE),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target),
     )
-    def lookup(_, codes, *words):
+    def lookup(_, codes, words):
         i32 = ir.IntegerType.get_signless(32)
         element = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
         pair = ir.VectorType.get((2,), element)
         four = llvm.StructType.get_literal([i32] * 4)
-        words = [word.registers.item() for word in words]
         layout = target.to_mgpu()
         values = np.empty(layout.registers_shape(shape), dtype=object)
         for index, register in np.ndenumerate(codes.registers):
-            arguments = [mgpu.utils.bitcast(register, i32), *words]
+            arguments = [mgpu.utils.bitcast(register, i32), *words.registers.flat]
             out = llvm.inline_asm(four, arguments, PTX, CONSTRAINTS)
             pairs = [mgpu.utils.bitcast(llvm.extractvalue(i32, out, [i]), pair) for i in range(4)]
             places = register_map(index)
@@ -131,8 +138,6 @@ def lookup_ptx(
             else:
                 for place, two in zip(places, pairs, strict=True):
                     values[place] = two
-        return fragmented_array.FragmentedArray(
-            _registers=values, _layout=layout, _is_signed=None
-        )
+        return fragmented_array.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
 
-    return lookup(packed, *table)
+    return lookup(packed, table)

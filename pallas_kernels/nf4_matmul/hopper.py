@@ -50,15 +50,21 @@ def product(x, w: Weight, *, transposed: bool):
     check(x, w)
     codes, scales, table = operands(w, x.dtype, x.dtype)
     m, (out, width) = x.shape[0], w.shape
+    x = padded(x)
     n, contraction = (width, out) if transposed else (out, width)
     rows = 256 if m > 128 else 128
-    work = share(
-        pl.cdiv(m, rows), pl.cdiv(n, COLUMNS), pl.cdiv(contraction, STEP), target.gpu.sms
-    )
+    work = share(pl.cdiv(m, rows), pl.cdiv(n, COLUMNS), pl.cdiv(contraction, STEP), target.gpu.sms)
     stages = 3 if rows == 256 else 5
-    run = build(work, rows, stages, m, n, x.dtype, transposed, target.interpret)
+    shape = x.shape[0], n + -n % STEP
+    run = build(work, rows, stages, shape, x.dtype, transposed, target.interpret)
     y = run(x, codes, scales, table)
-    return y if work.whole else assemble(y, work, m, n, x.dtype)
+    return y[:m, :n] if work.whole else assemble(y, work, m, n, x.dtype)
+
+
+def padded(x):
+    """x with zeros up to whole 8 rows and 64 columns, which copies of swizzled tiles need."""
+    rest = -x.shape[0] % 8, -x.shape[1] % STEP
+    return jnp.pad(x, [(0, n) for n in rest]) if any(rest) else x
 
 
 def swizzled(dtype) -> tuple:
@@ -70,30 +76,42 @@ def build(
     work: Work,
     rows: int,
     stages: int,
-    m: int,
-    n: int,
+    shape: tuple[int, int],
     dtype,
     transposed: bool,
     interpret: bool,
 ):
     """The kernel as a function of (x, codes, scales, table).
 
-    It gives y (m, n) when the work is whole, else the float32 slots of partial tiles.
+    It gives y of `shape` when the work is whole, else the float32 slots of partial tiles.
     """
     half = rows // 2  # of a compute warpgroup
     w_shape = (STEP, COLUMNS) if transposed else (COLUMNS, STEP)
     tile = functools.partial(dequantize_half, transposed=transposed, interpret=interpret)
 
     def pipeline(body, context, row, column, first, steps):
-        specs = [plgpu.BlockSpec((rows, STEP), lambda i: (row, first + i), transforms=swizzled(dtype), delay_release=1)]
+        specs = [
+            plgpu.BlockSpec(
+                (rows, STEP),
+                lambda i: (row, first + i),
+                transforms=swizzled(dtype),
+                delay_release=1,
+            )
+        ]
         if transposed:
             specs += [
-                plgpu.BlockSpec((STEP, COLUMNS // 2), lambda i: (first + i, column), delay_release=1),
-                plgpu.BlockSpec((COLUMNS // STEP, STEP), lambda i: (column, first + i), delay_release=1),
+                plgpu.BlockSpec(
+                    (STEP, COLUMNS // 2), lambda i: (first + i, column), delay_release=1
+                ),
+                plgpu.BlockSpec(
+                    (COLUMNS // STEP, STEP), lambda i: (column, first + i), delay_release=1
+                ),
             ]
         else:
             specs += [
-                plgpu.BlockSpec((COLUMNS, STEP // 2), lambda i: (column, first + i), delay_release=1),
+                plgpu.BlockSpec(
+                    (COLUMNS, STEP // 2), lambda i: (column, first + i), delay_release=1
+                ),
                 plgpu.BlockSpec((1, COLUMNS), lambda i: (first + i, column), delay_release=1),
             ]
         return plgpu.emit_pipeline_warp_specialized(
@@ -107,8 +125,8 @@ def build(
             compute_context=context,
         )
 
-    def kernel(x_g, codes_g, scales_g, table_g, y_g, w_s, y_s, met):
-        table = decode.load_table(table_g)
+    def kernel(x_g, codes_g, scales_g, table_g, y_g, w_s, y_s, met, parted):
+        table = decode.load_table(table_g, interpret=interpret)
         group = lax.axis_index("group")
         block = lax.axis_index("block")
 
@@ -147,9 +165,6 @@ def build(
 
         def write_part(slot, acc):
             plgpu.store(y_g.at[slot, pl.ds(group * half, half)], acc, optimized=False)
-            # The other warpgroup may still multiply by the last W of this part.
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
 
         if work.whole:
             row, column = plgpu.planar_snake(block, (work.rows, work.columns), 1, 8)
@@ -163,15 +178,22 @@ def build(
                 t = first_tile + i
                 row, column = work.place(t)
                 first, steps = work.part(block, t)
-                compute(row, column, first, steps, functools.partial(write_part, block + t), allocations)
+                compute(
+                    row, column, first, steps, functools.partial(write_part, block + t), allocations
+                )
+                # The next part begins with copies into slots that this one still multiplies by.
+                plgpu.barrier_arrive(parted)
+                plgpu.barrier_wait(parted)
 
             lax.fori_loop(0, number, part, None)
 
         nothing = lambda *_, **__: None
-        allocations = pipeline(nothing, nothing, 0, 0, 0, work.steps).get_allocations(x_g, codes_g, scales_g)
+        allocations = pipeline(nothing, nothing, 0, 0, 0, work.steps).get_allocations(
+            x_g, codes_g, scales_g
+        )
         pl.run_scoped(parts, allocations, collective_axes="group")
 
-    y = (m, n) if work.whole else (work.slots, rows, COLUMNS)
+    y = shape if work.whole else (work.slots, rows, COLUMNS)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(y, dtype if work.whole else jnp.float32),
@@ -184,6 +206,7 @@ def build(
             "w_s": plgpu.SMEM((W_SLOTS, *w_shape), dtype, transforms=swizzled(dtype)),
             "y_s": plgpu.SMEM((2, COLUMNS // 64, half, 64), dtype, transforms=swizzled(dtype)),
             "met": plgpu.Barrier(num_arrivals=2),
+            "parted": plgpu.Barrier(num_arrivals=3),
         },
     )
 
