@@ -1,4 +1,4 @@
-"""The gradient of nf4_matmul with respect to x alone: the weight is frozen."""
+"""The gradient of nf4_matmul with respect to x alone, and its batching: the weight is frozen."""
 
 import functools
 
@@ -18,18 +18,42 @@ def frozen_matmul(
     backward: Backends,
     backend: str | None,
 ) -> Float[Array, "M out"]:
-    """x W^T by the first of `forward` that takes it; its gradient is dy W by one of `backward`."""
-    return dispatch(forward, x, w, backend=backend)
+    """x W^T by the first of `forward` that takes it; its gradient is dy W by one of `backward`.
+
+    With the two exchanged it is dy W, whose gradient is the product again: so that gradients of
+    gradients take the same backends.
+    """
+    return by_rows(forward, backend)(x, w)
 
 
 def keep(x, w, forward, backward, backend):
-    """The product, and the stored weight for the backward pass."""
-    return dispatch(forward, x, w, backend=backend), w
+    """The product, by a call that outer gradients see too, and the stored weight."""
+    return frozen_matmul(x, w, forward, backward, backend), w
 
 
 def pull_back(forward, backward, backend, w, dy):
     """dy W; the weight has no gradient."""
-    return dispatch(backward, dy, w, backend=backend), None
+    return frozen_matmul(dy, w, backward, forward, backend), None
 
 
 frozen_matmul.defvjp(keep, pull_back)
+
+
+def by_rows(backends: Backends, backend: str | None):
+    """`dispatch` as a function of (x, w) that under vmap takes the batch of x as more rows.
+
+    W is then read and decoded once for all of the batch, by the backend for that many rows. Left
+    alone, a kernel would be launched with the batch as one more grid axis, W read for each.
+    """
+    run = functools.partial(dispatch, backends, backend=backend)
+    product = jax.custom_batching.custom_vmap(run)
+
+    @product.def_vmap
+    def batched(size, is_batched, x, w):
+        if any(jax.tree.leaves(is_batched[1])):  # a product for each: nothing to share
+            axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched)
+            return jax.vmap(run, axes)(x, w), True
+        y = product(x.reshape(-1, x.shape[-1]), w)
+        return y.reshape(size, -1, y.shape[-1]), True
+
+    return product
