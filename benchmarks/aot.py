@@ -149,16 +149,63 @@ class Kernel:
     Attributes:
       registers: a thread.
       spill_bytes: a thread, stores and loads together.
-      shared_bytes: of a block.
-      sass: the machine code, as nvdisasm prints it.
+      shared_bytes: a block.
+      blocks: of the grid.
+      threads: a block.
       serialized: ptxas waits after every wgmma, because of how the accumulator is used.
+      sass: the machine code, as nvdisasm prints it.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
-    sass: str
+    blocks: int
+    threads: int
     serialized: bool
+    sass: str
+
+
+LAUNCH = re.compile(
+    r"gpu\.launch_func .*blocks in \(%c(\d+)\w*, %c(\d+)\w*, %c(\d+)\w*\) "
+    r"threads in \(%c(\d+)\w*, .*dynamic_shared_memory_size %c(\d+)"
+)
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def read_kernel(folder: Path, name: str) -> Kernel:
+    """Kernel `name` of a dump."""
+    report = (folder / f"{name}.ptxas").read_text()
+    with (folder / f"{name}.mlir-passes.log").open() as passes:  # tens of MB
+        launch = next(
+            m for line in passes if "gpu.launch_func" in line and (m := LAUNCH.search(line))
+        )
+    x, y, z, threads, shared = map(int, launch.groups())
+    return Kernel(
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spill_bytes=sum(map(int, SPILLS.search(report).groups())),
+        shared_bytes=shared,
+        blocks=x * y * z,
+        threads=threads,
+        serialized="wgmma.mma_async instructions are serialized" in report,
+        sass=(folder / f"{name}.sass_ctrl").read_text(),
+    )
+
+
+HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
+compiled: dict[tuple, list[Kernel]] = {}
+
+
+def kernels(target: Gpu, function: Callable, *shapes) -> list[Kernel]:
+    """The Mosaic kernels of `function`, in the order of its program; equal ones compile once."""
+    with dumped() as folder:
+        lowered = lower(target, function, *shapes)
+        names = [path.name.split(".")[0] for path in folder.glob("*.resources.txt")]
+        # Mosaic compiles, and dumps, a kernel of one hash once a process.
+        key = (target.capability, *HASH.findall(lowered.as_text()))
+        if key not in compiled:
+            lowered.compile()
+            compiled[key] = [read_kernel(folder, name) for name in sorted(names)]
+        return compiled[key]
 
 
 @contextlib.contextmanager
@@ -170,36 +217,3 @@ def dumped() -> Iterator[Path]:
             yield Path(folder)
         finally:
             del os.environ["MOSAIC_GPU_DUMP_TO"]
-
-
-def read_kernel(folder: Path, name: str) -> Kernel:
-    """Kernel `name` of a dump."""
-    report = (folder / f"{name}.ptxas").read_text()
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    with (folder / f"{name}.mlir-passes.log").open() as passes:  # tens of MB: read its beginning
-        shared = next(m[1] for line in passes if (m := SHARED.search(line)))
-    return Kernel(
-        registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spill_bytes=int(spills[1]) + int(spills[2]),
-        shared_bytes=int(shared),
-        sass=(folder / f"{name}.sass_ctrl").read_text(),
-        serialized="wgmma.mma_async instructions are serialized" in report,
-    )
-
-
-SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)")
-HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
-compiled: dict[tuple, list[Kernel]] = {}
-
-
-def kernels(target: Gpu, function: Callable, *shapes) -> list[Kernel]:
-    """The Mosaic kernels of `function`, in the order of its program; equal ones compile once."""
-    with dumped() as folder:
-        lowered = lower(target, function, *shapes)
-        names = [path.name.split(".")[0] for path in sorted(folder.glob("*.resources.txt"))]
-        # Mosaic compiles, and dumps, a kernel of one hash once a process.
-        key = (target.capability, *HASH.findall(lowered.as_text()))
-        if key not in compiled:
-            lowered.compile()
-            compiled[key] = [read_kernel(folder, name) for name in names]
-        return compiled[key]

@@ -1,9 +1,9 @@
 """Reads machine code (SASS): the loop that decodes weights, and what an iteration of it costs.
 
 A loop is found as compilers define it: a jump back to a block that every path to the jump has
-passed. Jumps alone do not tell: ptxas moves waiting loops to the end of a kernel, and their way
-back into the middle of a loop looks like one. Counted is the stretch from a loop's head to its
-last jump back, without loops inside it, and without what lies elsewhere and is rarely run.
+passed, and all blocks on the way from there to the jump. Jumps alone do not tell: ptxas moves
+waiting loops to the end of a kernel, and their way back into the middle of a loop looks like one.
+What it moved there is rarely run, and not counted; nor are loops inside a loop.
 """
 
 import collections
@@ -44,7 +44,9 @@ class Instruction:
 
     @property
     def always_leaves(self) -> bool:
-        return self.ends_block and self.predicate in (None, "PT", "UPT")
+        """Whether nothing that follows is reached: no condition before, nor as first operand."""
+        conditional = self.predicate or re.match(r"[!~]?U?[PR]\w+,", self.operands)
+        return self.ends_block and not conditional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,49 +115,62 @@ def blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Bloc
     return result
 
 
-def dominators(code: list[Block]) -> list[set[int]]:
-    """For each block, those that every path to it passes; all of them for unreachable ones."""
+def predecessors(code: list[Block]) -> list[list[int]]:
+    """For each block, those that go on to it."""
     before = [[] for _ in code]
     for n, block in enumerate(code):
         for after in block.next:
             before[after].append(n)
-    result = [set(range(len(code))) for _ in code]
-    result[0], changed = {0}, True
+    return before
+
+
+def dominators(code: list[Block]) -> list[set[int]]:
+    """For each block, those that every path to it passes, and itself; none if it is dead."""
+    before, everything = predecessors(code), set(range(len(code)))
+    result, changed = [{0}, *(everything for _ in code[1:])], True
     while changed:
         changed = False
         for n in range(1, len(code)):
-            if not before[n]:
-                continue
-            passed = {n} | set.intersection(*(result[m] for m in before[n]))
+            paths = [result[m] for m in before[n] if result[m] is not everything]
+            passed = {n} | set.intersection(*paths) if paths else everything
             changed, result[n] = changed or passed != result[n], passed
-    return result
+    return [set() if passed is everything else passed for passed in result]
+
+
+def loop_blocks(code: list[Block]) -> dict[int, set[int]]:
+    """The blocks of each loop by its head; outer loops have those of inner ones too."""
+    before, passed = predecessors(code), dominators(code)
+    found = {}
+    for n, block in enumerate(code):
+        for head in passed[n].intersection(block.next):
+            inside, todo = found.setdefault(head, {head}), [n]
+            while todo:
+                if (m := todo.pop()) not in inside:
+                    inside.add(m)
+                    todo += before[m]
+    return dict(sorted(found.items()))
 
 
 def loops(sass: str) -> list[Loop]:
     """The loops of a kernel, in the order of their heads."""
     instructions, labels = parse(sass)
     code = blocks(instructions, labels)
-    passed = dominators(code)
-    ends = {}  # of each head, its last jump back
-    for n, block in enumerate(code):
-        for head in block.next:
-            if head in passed[n] and head <= n:
-                ends[head] = max(n, ends.get(head, n))
-    stretches = [(code[head].first, code[end].last) for head, end in sorted(ends.items())]
+    found = loop_blocks(code)
 
-    def own(stretch):
-        first, last = stretch
-        inner = [s for s in stretches if s != stretch and first <= s[0] and s[1] <= last]
-        return tuple(
+    def own(head, loop):
+        inner = set().union(*(other for other in found.values() if other < loop))
+        end = max(n for n in loop if head in code[n].next)
+        return [
             instructions[i]
-            for i in range(first, last + 1)
-            if not any(a <= i <= b for a, b in inner)
-        )
+            for n in sorted(loop - inner)
+            if n <= end
+            for i in range(code[n].first, code[n].last + 1)
+        ]
 
-    return [Loop(own(stretch)) for stretch in stretches]
+    return [Loop(tuple(own(head, loop))) for head, loop in found.items()]
 
 
 def main_loop(sass: str) -> Loop | None:
-    """The loop that decodes the most weights in an iteration; None if no loop decodes."""
+    """The loop that decodes the most weights in an iteration, in the fewest instructions."""
     decoding = [loop for loop in loops(sass) if loop.weights]
-    return max(decoding, key=lambda loop: loop.weights, default=None)
+    return max(decoding, key=lambda loop: (loop.weights, -len(loop.instructions)), default=None)
