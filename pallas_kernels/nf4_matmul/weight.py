@@ -1,9 +1,10 @@
 """What a backend is given for W: the stored arrays and what they mean."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.quantize.api import DoubleQuantized
 
@@ -28,3 +29,15 @@ class Weight:
     kind: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
     layout: str = dataclasses.field(metadata={"static": True})
+
+
+class LowRank(NamedTuple):
+    """A term h b that a backend adds to its product, before the one rounding of the sum.
+
+    Attributes:
+      h: (M, r), in x's dtype.
+      b: (r, n) for a result (M, n), in x's dtype.
+    """
+
+    h: Float[Array, "M r"]
+    b: Float[Array, "r n"]

@@ -20,6 +20,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.nf4_matmul.weight import LowRank
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -86,9 +88,14 @@ def share(rows: int, columns: int, steps: int, slots: int) -> Work:
 
 
 def assemble(
-    partial: Float32[Array, "slots bm bn"], work: Work, m: int, n: int, dtype: DTypeLike
+    partial: Float32[Array, "slots bm bn"],
+    work: Work,
+    m: int,
+    n: int,
+    dtype: DTypeLike,
+    low: LowRank | None = None,
 ) -> Float[Array, "m n"]:
-    """The result (m, n) from the partial tiles: each tile's slots, summed in order."""
+    """The result (m, n) from the partial tiles: each tile's slots, summed in order (+ h b)."""
     tile = np.arange(work.tiles)
     units = tile * work.steps
     # The blocks that hold a tile's first and last step; `begin` is monotone, so search it.
@@ -102,4 +109,7 @@ def assemble(
         total = total + part
     grid = total.reshape(work.columns, work.rows, *partial.shape[1:]).transpose(1, 2, 0, 3)
     dense = grid.reshape(work.rows * partial.shape[1], work.columns * partial.shape[2])
-    return dense[:m, :n].astype(dtype)
+    y = dense[:m, :n]
+    if low is not None:
+        y = y + jnp.dot(*low, preferred_element_type=jnp.float32)
+    return y.astype(dtype)
