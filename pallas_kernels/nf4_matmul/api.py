@@ -5,13 +5,17 @@ from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import backends
 from pallas_kernels.nf4_matmul import cpu, reference
+from pallas_kernels.nf4_matmul.on_gpu import OnGpu
 from pallas_kernels.nf4_matmul.vjp import frozen_matmul
 from pallas_kernels.nf4_matmul.weight import Weight
 from pallas_kernels.quantize.api import DoubleQuantized
 
-BACKENDS = {"cpu": cpu, "reference": reference}  # in the order in which they are asked
+# In the order in which they are asked.
+GPU_BACKENDS = {name: OnGpu(name) for name in ("hopper",)}
+BACKENDS = {**GPU_BACKENDS, "cpu": cpu, "reference": reference}
 FORWARD = tuple((name, module.forward) for name, module in BACKENDS.items())
 BACKWARD = tuple((name, module.backward) for name, module in BACKENDS.items())
+GPU_FORWARD, GPU_BACKWARD = FORWARD[: len(GPU_BACKENDS)], BACKWARD[: len(GPU_BACKENDS)]
 LAYOUTS = {"cpu": "halves"}  # the code order that the kernels of a platform want
 
 
@@ -49,8 +53,15 @@ def nf4_matmul(
     if x.shape[-1] != shape[1]:
         raise ValueError(f"nf4_matmul: x is {x.shape}, W is {shape}: the last axes must be equal")
     weight = Weight(codes, scales, tuple(shape), kind, block_size, layout)
-    y = frozen_matmul(x.reshape(-1, shape[1]), weight, FORWARD, BACKWARD, backend)
+    y = multiply(x.reshape(-1, shape[1]), weight, backend)
     return y.reshape(*x.shape[:-1], shape[0])
+
+
+def multiply(
+    x: Float[Array, "M in"], weight: Weight, backend: str | None = None
+) -> Float[Array, "M out"]:
+    """`nf4_matmul` for rows and a Weight."""
+    return frozen_matmul(x, weight, FORWARD, BACKWARD, backend)
 
 
 def explain(

@@ -1,4 +1,4 @@
-"""nf4_matmul on Hopper: W decoded once a block into shared memory, from where wgmma reads it.
+r"""nf4_matmul on Hopper: W decoded once a block into shared memory, from where wgmma reads it.
 
 A block is two compute warpgroups and one that copies (TMA). A step of the contraction is 64 wide:
 
@@ -14,7 +14,6 @@ Backward, dx = dy W, is the same kernel: the contraction runs along the rows of 
 multiplied as it lies instead of transposed.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -26,7 +25,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
 from pallas_kernels.nf4_matmul import decode, mosaic
-from pallas_kernels.nf4_matmul.mosaic import COLUMNS, swizzled
+from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 from pallas_kernels.nf4_matmul.work import Work, assemble, share
@@ -47,31 +46,6 @@ def backward(
 ) -> Float[Array, "M in"]:
     """dy W (+ h b)."""
     return product(dy, w, low, transposed=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What one compiled kernel depends on.
-
-    Attributes:
-      work: the tiles, and the blocks that share them.
-      rows: of a tile.
-      stages: of the ring of copies.
-      shape: of the result, whole 8 rows and 64 columns.
-      dtype: of x, W's tile and the result.
-      rank: of the low-rank term, a multiple of 64; 0 for none.
-      transposed: multiply by W instead of W^T.
-      interpret: whether the CPU interprets it.
-    """
-
-    work: Work
-    rows: int
-    stages: int
-    shape: tuple[int, int]
-    dtype: jnp.dtype
-    rank: int
-    transposed: bool
-    interpret: bool
 
 
 def product(x, w: Weight, low: LowRank | None, *, transposed: bool):

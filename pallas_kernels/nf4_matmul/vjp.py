@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.backends import Backends, dispatch
-from pallas_kernels.nf4_matmul.weight import Weight
+from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 
 
 # The residual is the weight as it is stored: dy W dequantizes again, and nothing dense is kept.
@@ -40,7 +40,7 @@ frozen_matmul.defvjp(keep, pull_back)
 
 
 def by_rows(backends: Backends, backend: str | None):
-    """`dispatch` as a function of (x, w) that under vmap takes the batch of x as more rows.
+    """`dispatch` as a function of (x, w), or (x, w, low), that under vmap takes x's batch as rows.
 
     W is then read and decoded once for all of the batch, by the backend for that many rows. Left
     alone, a kernel would be launched with the batch as one more grid axis, W read for each.
@@ -49,11 +49,13 @@ def by_rows(backends: Backends, backend: str | None):
     product = jax.custom_batching.custom_vmap(run)
 
     @product.def_vmap
-    def batched(size, is_batched, x, w):
-        if any(jax.tree.leaves(is_batched[1])):  # a product for each: nothing to share
-            axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched)
-            return jax.vmap(run, axes)(x, w), True
-        y = product(x.reshape(-1, x.shape[-1]), w)
+    def batched(size, is_batched, x, w, *low):
+        shared = is_batched[1], *(term.b for term in is_batched[2:])
+        if any(jax.tree.leaves(shared)):  # a product for each: nothing to share
+            axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(is_batched))
+            return jax.vmap(run, axes)(x, w, *low), True
+        low = [LowRank(term.h.reshape(-1, term.h.shape[-1]), term.b) for term in low]
+        y = product(x.reshape(-1, x.shape[-1]), w, *low)
         return y.reshape(size, -1, y.shape[-1]), True
 
     return product

@@ -6,8 +6,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.lora_matmul import lora_delta, lora_matmul
 from pallas_kernels.nf4_matmul import nf4_matmul
-from qlora_jax.adapters.lora import dropped, lora_delta
+from qlora_jax.adapters.dropout import dropped
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 
@@ -37,13 +38,9 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Variable(bias)
 
     def __call__(self, x: Float[Array, "*rows in"], branch: Branch | None = None) -> Array:
-        y = matmul(x, self.weight.get_value())
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)
-        if branch is not None:
-            inputs = dropped(x, branch.dropout, branch.key)
-            y = y + lora_delta(inputs, branch.A, branch.Bt, branch.scale)
-        return y
+        weight = self.weight.get_value()
+        y = matmul(x, weight) if branch is None else adapted(x, weight, branch)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def matmul(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor) -> Array:
@@ -53,14 +50,25 @@ def matmul(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor) -> Arra
     way of float32 copies of both operands, and this natively.
     """
     if isinstance(weight, QuantizedTensor):
-        return nf4_matmul(
-            x,
-            weight.codes,
-            weight.absmax,
-            shape=weight.shape,
-            kind=weight.kind,
-            block_size=weight.block_size,
-            layout=weight.layout,
-        )
+        return nf4_matmul(x, weight.codes, weight.absmax, **stored_as(weight))
     frozen = jax.lax.stop_gradient(weight.astype(x.dtype))
     return jax.lax.dot_general(x, frozen, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def adapted(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor, branch: Branch) -> Array:
+    """x W^T and the adapter's delta, in one product where x is the same for both."""
+    inputs = dropped(x, branch.dropout, branch.key)
+    if inputs is not x or not isinstance(weight, QuantizedTensor):
+        return matmul(x, weight) + lora_delta(inputs, branch.A, branch.Bt, branch.scale)
+    pair = branch.A, branch.Bt, branch.scale
+    return lora_matmul(x, weight.codes, weight.absmax, *pair, **stored_as(weight))
+
+
+def stored_as(weight: QuantizedTensor) -> dict:
+    """What the kernels must know of how a weight is stored."""
+    return {
+        "shape": weight.shape,
+        "kind": weight.kind,
+        "block_size": weight.block_size,
+        "layout": weight.layout,
+    }

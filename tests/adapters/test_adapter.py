@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from pallas_kernels.lora_matmul import lora_delta
 from qlora_jax.adapters.adapter import Adapter, check_finite
 from qlora_jax.adapters.init import init_adapter, init_lora
-from qlora_jax.adapters.lora import lora_delta
 from qlora_jax.adapters.spec import make_spec
 from qlora_jax.errors import InputError
 from tests.adapters.small_model import SmallModel

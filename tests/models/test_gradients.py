@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.adapters.lora import lora_delta, plain_lora_delta
+from pallas_kernels.lora_matmul.delta import lora_delta, plain_lora_delta
 from qlora_jax.models import attention
 from qlora_jax.models.mlp import plain_swiglu, swiglu
 from qlora_jax.models.norms import plain_rms_norm, rms_norm

@@ -6,17 +6,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def dropped(x: Array, rate: float, key: Array | None) -> Array:
-    """`x` with each element zeroed with probability `rate` and the rest scaled by 1 / (1 - rate).
-
-    Without a key, or with rate 0, x itself: evaluation drops nothing.
-    """
-    if key is None or rate == 0.0:
-        return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
-
-
 def plain_lora_delta(x: Array, A: Array, Bt: Array, scale: Array) -> Array:
     """The formula itself: what `lora_delta` computes, and its autodiff twin in the tests."""
     h = nt(x.reshape(-1, x.shape[-1]), A.astype(x.dtype))
@@ -50,16 +39,26 @@ def forward(x, A, Bt, scale):
 def backward(residuals, dy):
     """Gradients for the inputs that are not frozen."""
     x, A, Bt, scale = residuals
-    shape, dtype = x.shape, x.dtype
-    x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
-    narrow_A, scaled_Bt = A.astype(dtype), (Bt * scale).astype(dtype)
-    dA = nn(nt(scaled_Bt, dy), x, jnp.float32)
-    dBt = nn(nt(narrow_A, x), dy, jnp.float32) * scale
-    dx = nn(nt(dy, scaled_Bt), narrow_A)
-    return dx.reshape(shape), dA.astype(A.dtype), dBt.astype(Bt.dtype), None
+    x_rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dh, dA, dBt = adapter_gradients(x_rows, A, Bt, scale, dy)
+    return nn(dh, A.astype(x.dtype)).reshape(x.shape), dA, dBt, None
 
 
 lora_delta.defvjp(forward, backward)
+
+
+def adapter_gradients(
+    x: Float[Array, "M in"],
+    A: Float[Array, "r in"],
+    Bt: Float[Array, "r out"],
+    scale: Float[Array, ""],
+    dy: Float[Array, "M out"],
+) -> tuple[Float[Array, "M r"], Float[Array, "r in"], Float[Array, "r out"]]:
+    """(dh, dA, dB^T): of h = x A^T in x's dtype, s dy B; of the matrices in their own."""
+    scaled_Bt = (Bt * scale).astype(x.dtype)
+    dA = nn(nt(scaled_Bt, dy), x, jnp.float32)
+    dBt = nn(nt(A.astype(x.dtype), x), dy, jnp.float32) * scale
+    return nt(dy, scaled_Bt), dA.astype(A.dtype), dBt.astype(Bt.dtype)
 
 
 def nt(a: Array, b: Array) -> Array:

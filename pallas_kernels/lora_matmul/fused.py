@@ -1,0 +1,47 @@
+"""lora_matmul in the GPU kernels of nf4_matmul: the thin term enters their accumulators."""
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.backends import Unsupported
+from pallas_kernels.lora_matmul.delta import adapter_gradients, nt
+from pallas_kernels.nf4_matmul.api import GPU_BACKWARD, GPU_FORWARD
+from pallas_kernels.nf4_matmul.vjp import by_rows
+from pallas_kernels.nf4_matmul.weight import LowRank, Weight
+
+
+def run(
+    x: Float[Array, "M in"],
+    w: Weight,
+    A: Float[Array, "r in"],
+    Bt: Float[Array, "r out"],
+    scale: Float[Array, ""],
+) -> Float[Array, "M out"]:
+    """One kernel for both terms; Unsupported where there is no GPU."""
+    if gpu.here() is None:
+        raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
+    return product(x, w, A, Bt, scale)
+
+
+@jax.custom_vjp
+def product(x, w: Weight, A, Bt, scale):
+    """x W^T + (x A^T) (s B^T), the thin first product by XLA."""
+    low = LowRank(nt(x, A.astype(x.dtype)), (Bt * scale).astype(x.dtype))
+    return by_rows(GPU_FORWARD, None)(x, w, low)
+
+
+def keep(x, w, A, Bt, scale):
+    """The result, and what the backward pass needs: nothing that the caller does not hold."""
+    return product(x, w, A, Bt, scale), (x, w, A, Bt, scale)
+
+
+def pull_back(residuals, dy):
+    """dx = dy W + dh A in one kernel, and the gradients of A and B^T; W and s have none."""
+    x, w, A, Bt, scale = residuals
+    dh, dA, dBt = adapter_gradients(x, A, Bt, scale, dy)
+    dx = by_rows(GPU_BACKWARD, None)(dy, w, LowRank(dh, A.astype(x.dtype)))
+    return dx, None, dA, dBt, None
+
+
+product.defvjp(keep, pull_back)

@@ -1,0 +1,18 @@
+"""lora_matmul as two products and a sum: on every device, and the oracle of the fused form."""
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.lora_matmul.delta import lora_delta
+from pallas_kernels.nf4_matmul.api import multiply
+from pallas_kernels.nf4_matmul.weight import Weight
+
+
+def run(
+    x: Float[Array, "M in"],
+    w: Weight,
+    A: Float[Array, "r in"],
+    Bt: Float[Array, "r out"],
+    scale: Float[Array, ""],
+) -> Float[Array, "M out"]:
+    """The product and the term, each rounded to x's dtype, and their sum."""
+    return multiply(x, w) + lora_delta(x, A, Bt, scale)
