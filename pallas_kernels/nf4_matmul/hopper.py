@@ -28,7 +28,7 @@ from pallas_kernels.nf4_matmul import decode, mosaic
 from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
-from pallas_kernels.nf4_matmul.work import Work, assemble, share
+from pallas_kernels.nf4_matmul.work import assemble, share
 
 W_SLOTS = 3
 COPY_REGISTERS = 40  # of the copying warpgroup; the others share the rest
