@@ -50,5 +50,5 @@ def lora_matmul(
             f"x must end in {width}, A be (r, {width}) and B^T (r, {out})"
         )
     weight = Weight(codes, scales, tuple(shape), kind, block_size, layout)
-    y = dispatch(BACKENDS, x.reshape(-1, width), weight, A, Bt, scale, backend=backend)
-    return y.reshape(*x.shape[:-1], out)
+    # x keeps its axes: kept for the backward pass in another shape it would be kept twice.
+    return dispatch(BACKENDS, x, weight, A, Bt, scale, backend=backend)

@@ -12,12 +12,12 @@ from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 
 
 def run(
-    x: Float[Array, "M in"],
+    x: Float[Array, "*rows in"],
     w: Weight,
     A: Float[Array, "r in"],
     Bt: Float[Array, "r out"],
     scale: Float[Array, ""],
-) -> Float[Array, "M out"]:
+) -> Float[Array, "*rows out"]:
     """One kernel for both terms; Unsupported where there is no GPU."""
     if gpu.here() is None:
         raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
@@ -27,8 +27,9 @@ def run(
 @jax.custom_vjp
 def product(x, w: Weight, A, Bt, scale):
     """x W^T + (x A^T) (s B^T), the thin first product by XLA."""
-    low = LowRank(nt(x, A.astype(x.dtype)), (Bt * scale).astype(x.dtype))
-    return by_rows(GPU_FORWARD, None)(x, w, low)
+    rows = x.reshape(-1, x.shape[-1])
+    low = LowRank(nt(rows, A.astype(x.dtype)), (Bt * scale).astype(x.dtype))
+    return by_rows(GPU_FORWARD, None)(rows, w, low).reshape(*x.shape[:-1], w.shape[0])
 
 
 def keep(x, w, A, Bt, scale):
@@ -39,9 +40,10 @@ def keep(x, w, A, Bt, scale):
 def pull_back(residuals, dy):
     """dx = dy W + dh A in one kernel, and the gradients of A and B^T; W and s have none."""
     x, w, A, Bt, scale = residuals
-    dh, dA, dBt = adapter_gradients(x, A, Bt, scale, dy)
+    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dh, dA, dBt = adapter_gradients(rows, A, Bt, scale, dy)
     dx = by_rows(GPU_BACKWARD, None)(dy, w, LowRank(dh, A.astype(x.dtype)))
-    return dx, None, dA, dBt, None
+    return dx.reshape(x.shape), None, dA, dBt, None
 
 
 product.defvjp(keep, pull_back)

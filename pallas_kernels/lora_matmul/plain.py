@@ -8,11 +8,12 @@ from pallas_kernels.nf4_matmul.weight import Weight
 
 
 def run(
-    x: Float[Array, "M in"],
+    x: Float[Array, "*rows in"],
     w: Weight,
     A: Float[Array, "r in"],
     Bt: Float[Array, "r out"],
     scale: Float[Array, ""],
-) -> Float[Array, "M out"]:
+) -> Float[Array, "*rows out"]:
     """The product and the term, each rounded to x's dtype, and their sum."""
-    return multiply(x, w) + lora_delta(x, A, Bt, scale)
+    y = multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+    return y + lora_delta(x, A, Bt, scale)
