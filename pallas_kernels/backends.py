@@ -9,9 +9,11 @@ reason why this input is not for it, before it computes anything. Arrays are pos
 static is by keyword. ValueError means that the caller is wrong, and is raised at once.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -71,6 +73,32 @@ def explain(backends: Backends, *arrays: Any, backend: str | None = None, **stat
         return refused.choice
 
 
+watched: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "watched", default=None
+)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Choice]]:
+    """Within it the list gets each Choice as its backend has answered: of nested ones, inner first.
+
+    What is jitted and was traced before is not asked again, and adds nothing.
+    """
+    choices: list[Choice] = []
+    token = watched.set(choices)
+    try:
+        yield choices
+    finally:
+        watched.reset(token)
+
+
+def noted(choice: Choice) -> Choice:
+    """The choice, after it was added to the watched ones."""
+    if (choices := watched.get()) is not None:
+        choices.append(choice)
+    return choice
+
+
 class AllRefused(Unsupported):
     """No backend was left to ask."""
 
@@ -94,5 +122,5 @@ def ask(
             except Unsupported as reason:
                 refusals.append((name, str(reason)))
             else:
-                return Choice(name, tuple(refusals)), answer
-    raise AllRefused(Choice(None, tuple(refusals)))
+                return noted(Choice(name, tuple(refusals))), answer
+    raise AllRefused(noted(Choice(None, tuple(refusals))))
