@@ -248,9 +248,11 @@ def body(
 
         def low_rank_step(i):
             target = w_slot(before + steps + i)
-            mine = of_w(pl.ds(64 * group, 64), slice(None))
-            b = window(low_g[1], of_w(column, i), w_s.shape[1:])
-            plgpu.copy_gmem_to_smem(b.at[mine], w_s.at[(target, *mine)], decoded.at[target])
+            rows = w_s.shape[1] // DECODERS  # of the tile of b, whatever they mean
+            at = of_w(column, i)
+            source = window(low_g[1], (DECODERS * at[0] + group, at[1]), (rows, w_s.shape[2]))
+            half_w = w_s.at[target, pl.ds(group * rows, rows)]
+            plgpu.copy_gmem_to_smem(source, half_w, decoded.at[target])
 
         row, column = place(tile)
         each_step(0, steps, step)
