@@ -1,0 +1,169 @@
+"""One contract for every GPU backend of nf4_matmul, interpreted on the CPU."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.backends import Unsupported
+from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
+from tests.pallas_kernels import kernels, mma_on_cpu
+from tests.pallas_kernels.interpreted import interpreter
+from tests.tolerances import INTERPRETED_RTOL, ROUNDED_RTOL
+
+pytestmark = pytest.mark.slow
+mma_on_cpu.install()
+
+BACKENDS = [pytest.param(backend, id=backend.name) for backend in kernels.BACKENDS]
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+# (kind, nested, dtype, block size, number of the shape): every pair of two columns' values, but for
+# the block size, which changes only how scales are laid out before the kernel, and for kind and
+# shape, which do not meet in a kernel. Each is run in both directions.
+CASES = (
+    ("nf4", False, "bfloat16", 64, 0),
+    ("fp4", True, "float16", 128, 0),
+    ("int4", True, "bfloat16", 64, 1),
+    ("nf4", False, "float16", 64, 1),
+    ("fp4", False, "bfloat16", 64, 2),
+    ("int4", True, "float16", 64, 2),
+    ("nf4", True, "bfloat16", 64, 3),
+    ("int4", False, "float16", 64, 3),
+)
+
+
+def test_the_cases_cover_pairs():
+    columns = list(zip(*CASES, strict=True))
+    kind, nested, dtype, _, shape = range(5)
+    for i, j in ((kind, nested), (kind, dtype), (nested, dtype), (nested, shape), (dtype, shape)):
+        pairs = set(zip(columns[i], columns[j], strict=True))
+        assert pairs == set(itertools.product(columns[i], columns[j])), (i, j)
+
+
+def test_every_backend_is_under_test():
+    assert {backend.name for backend in kernels.BACKENDS} == set(api.GPU_BACKENDS)
+
+
+@pytest.mark.parametrize("direction", kernels.DIRECTIONS)
+@pytest.mark.parametrize(("kind", "nested", "dtype", "block_size", "number"), CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_close_to_the_oracle(backend, kind, nested, dtype, block_size, number, direction):
+    shape = backend.shape(number, direction)
+    w = kernels.weight(shape, direction, kind, nested, block_size)
+    x = kernels.rows(shape, DTYPES[dtype])
+    with interpreter(backend.gpu, sms=shape.sms):
+        y = jax.jit(getattr(backend.module, direction))(x, w)
+    assert y.dtype == dtype
+    exact = kernels.product(x, reference.dense(w, jnp.float32), direction)
+    assert kernels.error(y, exact) < INTERPRETED_RTOL[dtype]
+    as_rounded = kernels.product(x, kernels.rounded(w, x.dtype, backend.rounds), direction)
+    assert kernels.error(y, as_rounded) < ROUNDED_RTOL[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_wrong_block_is_an_error(backend):
+    """The bound of the test above is tight enough to see 64 codes of a matrix exchanged."""
+    shape = backend.shape(0, "forward")
+    w = kernels.weight(shape, "forward")
+    spoiled = dataclasses.replace(w, codes=w.codes.at[3, 32:64].set(w.codes[3, :32]))
+    x = kernels.rows(shape, jnp.bfloat16)
+    with interpreter(backend.gpu, sms=shape.sms):
+        y = jax.jit(backend.module.forward)(x, spoiled)
+    exact = kernels.product(x, reference.dense(w, jnp.float32), "forward")
+    assert kernels.error(y, exact) > 2 * INTERPRETED_RTOL["bfloat16"]
+
+
+def public(backend, w):
+    """nf4_matmul as a function of x alone, by one backend."""
+    return lambda x, codes=w.codes: nf4_matmul(
+        x,
+        codes,
+        w.scales,
+        shape=w.shape,
+        kind=w.kind,
+        block_size=w.block_size,
+        backend=backend.name,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_reference(backend):
+    """By the public call, with leading axes, under jit; and the second call gives the same bits."""
+    shape = backend.shape(0, "forward")
+    w = kernels.weight(shape, "forward")
+    x, c = (
+        jnp.asarray(
+            np.random.default_rng(size).standard_normal((2, 1, shape.m // 2, size)), "bfloat16"
+        )
+        for size in w.shape[::-1]
+    )
+
+    def run(matmul):
+        def loss(x):
+            y = matmul(x)
+            return (y.astype(jnp.float32) * c.astype(jnp.float32)).sum(), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))
+
+    ours = run(public(backend, w))
+    with interpreter(backend.gpu, sms=shape.sms):
+        dx, y = ours(x)
+        again = ours(x)
+    assert dx.dtype == y.dtype == x.dtype
+    dense = reference.dense(w, jnp.float32)
+    want_dx, want = run(lambda x: x @ dense.T)(x.astype(jnp.float32))
+    assert kernels.error(y, np.asarray(want)) < INTERPRETED_RTOL["bfloat16"]
+    assert kernels.error(dx, np.asarray(want_dx)) < INTERPRETED_RTOL["bfloat16"]
+    np.testing.assert_array_equal(again[0], dx)
+    np.testing.assert_array_equal(again[1], y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_is_so_many_rows(backend):
+    shape = backend.shape(1, "forward")
+    w = kernels.weight(shape, "forward")
+    x = kernels.rows(shape, jnp.bfloat16)
+    with interpreter(backend.gpu, sms=shape.sms):
+        together = public(backend, w)(x)
+        batch = jax.vmap(public(backend, w))(x.reshape(shape.m // 2, 2, -1))
+    np.testing.assert_array_equal(batch.reshape(together.shape), together)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_weights(backend):
+    shape = dataclasses.replace(backend.shape(1, "forward"), n=64)
+    w = kernels.weight(shape, "forward")
+    codes = jnp.stack([w.codes, w.codes[::-1]])
+    x = kernels.rows(shape, jnp.bfloat16)
+    with interpreter(backend.gpu, sms=shape.sms):
+        batch = jax.jit(jax.vmap(public(backend, w), in_axes=(None, 0)))(x, codes)
+        one_by_one = [public(backend, w)(x, one) for one in codes]
+    np.testing.assert_array_equal(batch, jnp.stack(one_by_one))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "dtype", "reason"),
+    [
+        ({}, "float32", "x is float32"),
+        ({"layout": "halves"}, "bfloat16", "layout is 'halves'"),
+        ({"block_size": 32}, "bfloat16", "block_size is 32"),
+    ],
+)
+def test_what_is_refused_and_why(backend, change, dtype, reason):
+    shape = backend.shape(0, "forward")
+    w = dataclasses.replace(kernels.weight(shape, "forward"), **change)
+    with interpreter(backend.gpu, sms=1), pytest.raises(Unsupported, match=reason):
+        jax.eval_shape(backend.module.forward, kernels.rows(shape, dtype), w)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_gpu_it_is_refused(backend):
+    shape = backend.shape(0, "forward")
+    w, x = kernels.weight(shape, "forward"), kernels.rows(shape, jnp.bfloat16)
+    for direction in kernels.DIRECTIONS:
+        with pytest.raises(Unsupported, match="the default device is a cpu, not a GPU"):
+            getattr(backend.module, direction)(x, w)
