@@ -15,6 +15,7 @@ from pallas_kernels.gpu import Gpu
 from pallas_kernels.nf4_matmul import decode, fragments
 from pallas_kernels.nf4_matmul.fragments import ACCUMULATOR, COLUMNS, tiled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
+from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import Weight
 from pallas_kernels.nf4_matmul.work import Work, assemble, share
 
@@ -180,7 +181,7 @@ def build(
 
             def write(i, acc):
                 place = pl.ds(row + i, CHUNK), pl.ds(column, COLUMNS)
-                plgpu.store(y_g.at[place], acc.astype(dtype), optimized=False)
+                store(y_g.at[place], acc.astype(dtype), optimized=False)
 
             compute(row, column, 0, work.steps, write)
             return
@@ -192,7 +193,7 @@ def build(
             first, steps = work.part(block, t)
 
             def write(i, acc):
-                plgpu.store(y_g.at[block + t, pl.ds(i, CHUNK)], acc, optimized=False)
+                store(y_g.at[block + t, pl.ds(i, CHUNK)], acc, optimized=False)
 
             compute(*origin(*work.place(t)), first, steps, write)
 

@@ -31,6 +31,7 @@ from pallas_kernels import gpu
 from pallas_kernels.nf4_matmul import decode, mosaic
 from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
+from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 from pallas_kernels.nf4_matmul.work import assemble, share
 
@@ -269,10 +270,10 @@ def body(
         y = plgpu.async_load_tmem(acc.at[:, pl.ds(first, chunk)], layout=plgpu.Layout.TCGEN05)
         if not k.work.whole:
             y = plgpu.layout_cast(y, plgpu.Layout.TCGEN05_TRANSPOSED)
-            plgpu.store(y_g.at[block + tile, pl.ds(first, chunk)].T, y, optimized=False)
+            store(y_g.at[block + tile, pl.ds(first, chunk)].T, y, optimized=False)
             return
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.store(y_s.at[group].T, y.astype(k.dtype))
+        store(y_s.at[group].T, y.astype(k.dtype))
         plgpu.commit_smem()
         rows, columns = pl.ds(row * k.rows + first, chunk), pl.ds(column * COLUMNS, COLUMNS)
         plgpu.copy_smem_to_gmem(y_s.at[group], y_g.at[rows, columns])

@@ -27,6 +27,7 @@ from pallas_kernels import gpu
 from pallas_kernels.nf4_matmul import decode, mosaic
 from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
+from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 from pallas_kernels.nf4_matmul.work import assemble, share
 
@@ -182,7 +183,7 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs, w_s, y_s, met, parte
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def write_part(slot, acc):
-        plgpu.store(y_g.at[slot, pl.ds(group * half, half)], acc, optimized=False)
+        store(y_g.at[slot, pl.ds(group * half, half)], acc, optimized=False)
 
     def all_parts(allocations):
         first_tile, number = k.work.parts(block)
