@@ -45,19 +45,26 @@ CODEBOOKS: dict[str, np.ndarray] = {
 }
 
 
-def codebook(kind: str) -> np.ndarray:
+Kind = str | tuple[float, ...]  # a codebook by name, or its 16 values
+
+
+def codebook(kind: Kind) -> np.ndarray:
     """The 16 float32 values of `kind`, indexed by code; ValueError when there is no such kind."""
+    if isinstance(kind, tuple):
+        if len(kind) != 16:
+            raise ValueError(f"kind is a table of {len(kind)} values; 4-bit codes need 16")
+        return np.asarray(kind, np.float32)
     if kind not in CODEBOOKS:
         raise ValueError(f"kind is {kind!r}; the codebooks are {', '.join(CODEBOOKS)}")
     return CODEBOOKS[kind]
 
 
-def sorted_codes(kind: str) -> np.ndarray:
+def sorted_codes(kind: Kind) -> np.ndarray:
     """The 16 codes of `kind` in the order of their values, smallest first."""
     return np.argsort(codebook(kind), kind="stable").astype(np.uint8)
 
 
-def midpoints(kind: str) -> np.ndarray:
+def midpoints(kind: Kind) -> np.ndarray:
     """The 15 float32 boundaries between neighbouring values; one that falls on it rounds down."""
     values = codebook(kind)[sorted_codes(kind)]
     return (values[:-1] + values[1:]) / np.float32(2)

@@ -1,4 +1,4 @@
-"""What a GPU offers: this machine's, or a described one that kernels are compiled or interpreted for.
+"""What a GPU offers: this machine's, or a described one that kernels are built for.
 
 Kernels ask `here()` and never the device itself, so that one process can lower for GPUs that are
 not there: the tests interpret on a CPU, and benchmarks/compile_gpu.py compiles down to SASS.

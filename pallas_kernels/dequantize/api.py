@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.backends import dispatch
+from pallas_kernels.codebooks import Kind
 from pallas_kernels.dequantize import reference
 from pallas_kernels.quantize.api import check
 from pallas_kernels.quantize.reference import DoubleQuantized
@@ -21,7 +22,7 @@ def dequantize_4bit(
     scales: Float32[Array, "*blocks"] | DoubleQuantized,
     *,
     shape: tuple[int, int],
-    kind: str = "nf4",
+    kind: Kind = "nf4",
     block_size: int = 64,
     dtype: DTypeLike = jnp.float32,
     backend: str | None = None,

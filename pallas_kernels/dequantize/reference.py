@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.codebooks import DYNAMIC_SIGNED, codebook
+from pallas_kernels.codebooks import DYNAMIC_SIGNED, Kind, codebook
 from pallas_kernels.quantize.reference import NESTED_BLOCK, DoubleQuantized
 
 
@@ -16,7 +16,7 @@ def dequantize_4bit(
     absmax: Float32[Array, "*lead blocks"],
     *,
     shape: tuple[int, int],
-    kind: str,
+    kind: Kind,
     block_size: int,
     dtype: DTypeLike,
 ) -> Float[Array, "*lead out in"]:

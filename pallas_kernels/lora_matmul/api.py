@@ -3,8 +3,9 @@
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.backends import dispatch
+from pallas_kernels.codebooks import Kind
 from pallas_kernels.lora_matmul import fused, plain
-from pallas_kernels.nf4_matmul.weight import Weight
+from pallas_kernels.nf4_matmul.weight import stored
 from pallas_kernels.quantize.api import DoubleQuantized
 
 BACKENDS = (("fused", fused.run), ("plain", plain.run))
@@ -19,7 +20,7 @@ def lora_matmul(
     scale: Float[Array, ""],
     *,
     shape: tuple[int, int],
-    kind: str = "nf4",
+    kind: Kind = "nf4",
     block_size: int = 64,
     layout: str = "bnb",
     backend: str | None = None,
@@ -49,6 +50,6 @@ def lora_matmul(
             f"lora_matmul: x is {x.shape}, W {shape}, A {A.shape}, B^T {Bt.shape}; "
             f"x must end in {width}, A be (r, {width}) and B^T (r, {out})"
         )
-    weight = Weight(codes, scales, tuple(shape), kind, block_size, layout)
+    weight = stored(codes, scales, shape, kind, block_size, layout)
     # x keeps its axes: kept for the backward pass in another shape it would be kept twice.
     return dispatch(BACKENDS, x, weight, A, Bt, scale, backend=backend)

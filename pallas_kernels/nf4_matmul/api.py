@@ -1,13 +1,15 @@
 """The public call: y = x W^T for a frozen 4-bit W, differentiable with respect to x."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels import backends
+from pallas_kernels import backends, gpu
+from pallas_kernels.codebooks import Kind
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.on_gpu import OnGpu
 from pallas_kernels.nf4_matmul.vjp import frozen_matmul
-from pallas_kernels.nf4_matmul.weight import Weight
+from pallas_kernels.nf4_matmul.weight import Weight, stored
 from pallas_kernels.quantize.api import DoubleQuantized
 
 # In the order in which they are asked.
@@ -16,6 +18,7 @@ BACKENDS = {**GPU_BACKENDS, "cpu": cpu, "reference": reference}
 FORWARD = tuple((name, module.forward) for name, module in BACKENDS.items())
 BACKWARD = tuple((name, module.backward) for name, module in BACKENDS.items())
 GPU_FORWARD, GPU_BACKWARD = FORWARD[: len(GPU_BACKENDS)], BACKWARD[: len(GPU_BACKENDS)]
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of x
 LAYOUTS = {"cpu": "halves"}  # the code order that the kernels of a platform want
 
 
@@ -25,7 +28,7 @@ def nf4_matmul(
     scales: Array | DoubleQuantized,
     *,
     shape: tuple[int, int],
-    kind: str = "nf4",
+    kind: Kind = "nf4",
     block_size: int = 64,
     layout: str = "bnb",
     backend: str | None = None,
@@ -41,18 +44,20 @@ def nf4_matmul(
       codes: uint8, two codes a byte in the order that `layout` names; of one matrix, no layers.
       scales: float32 per block, or DoubleQuantized.
       shape: (out, in) of W.
-      kind: the codebook: nf4, fp4 or int4.
+      kind: the codebook: nf4, fp4, int4, or the 16 values of a table of one's own.
       block_size: weights that share a scale.
       layout: `bnb`, as bitsandbytes stores it, or what `prepack` made of it.
       backend: the only one to ask; by default the first that takes the input.
 
     Raises:
-      ValueError: x's last axis is not W's.
+      ValueError: arrays that cannot be x and this W, no such codebook, layout or backend.
       Unsupported: the named backend does not take this input, and why.
     """
     if x.shape[-1] != shape[1]:
         raise ValueError(f"nf4_matmul: x is {x.shape}, W is {shape}: the last axes must be equal")
-    weight = Weight(codes, scales, tuple(shape), kind, block_size, layout)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"nf4_matmul: x is {x.dtype}; it can be float32, bfloat16 or float16")
+    weight = stored(codes, scales, shape, kind, block_size, layout)
     y = multiply(x.reshape(-1, shape[1]), weight, backend)
     return y.reshape(*x.shape[:-1], shape[0])
 
@@ -73,4 +78,4 @@ def explain(
 
 def preferred_layout() -> str:
     """The code order that is fastest on the default device: prepack into it once, when loading."""
-    return LAYOUTS.get(jax.default_backend(), "bnb")
+    return "bnb" if gpu.here() else LAYOUTS.get(jax.default_backend(), "bnb")

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.codebooks import CODEBOOKS
+from pallas_kernels.codebooks import codebook
 from pallas_kernels.dequantize.api import expand_scales
 from pallas_kernels.nf4_matmul.weight import Weight
 
@@ -27,7 +27,7 @@ def dense(w: Weight, dtype: DTypeLike) -> Float[Array, "out in"]:
     """
     out, width = w.shape
     codes = jnp.concatenate([w.codes >> 4, w.codes & 15], axis=1)
-    table = jnp.asarray(CODEBOOKS[w.kind])
+    table = jnp.asarray(codebook(w.kind))
     values = table.at[codes].get(mode="promise_in_bounds")
     scales = expand_scales(w.scales).reshape(out, width // w.block_size, 1)
     return (values.reshape(out, -1, w.block_size) * scales).reshape(out, width).astype(dtype)

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.codebooks import CODEBOOKS
+from pallas_kernels.codebooks import Kind, codebook
 
 # A warpgroup's tile of codes, (rows, bytes), and of weights, (rows, 2 * bytes): a warp holds 4 rows
 # of 64 weights at a time, a lane 8 neighbours: 4 bytes of codes, 16 bytes of weights.
@@ -43,9 +43,9 @@ TABLE = plgpu.Layout.WG_STRIDED((WORDS * WARPGROUP,), vec_size=1)  # a lane hold
 LANES = "s t s1 t1 a b h l"
 
 
-def table_words(kind: str, dtype: DTypeLike) -> np.ndarray:
+def table_words(kind: Kind, dtype: DTypeLike) -> np.ndarray:
     """The codebook rounded to bfloat16 or float16 as 8 uint32, each repeated for 128 threads."""
-    values = CODEBOOKS[kind].astype(dtype).view(np.uint16)
+    values = codebook(kind).astype(dtype).view(np.uint16)
     low, high = (values & 255).astype(np.uint8), (values >> 8).astype(np.uint8)
     return np.concatenate([low.view(np.uint32), high.view(np.uint32)]).repeat(WARPGROUP)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.codebooks import codebook
+from pallas_kernels.codebooks import Kind, codebook
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import DoubleQuantized as DoubleQuantized
 
@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @functools.partial(jax.jit, static_argnames=("kind", "block_size"))
 def quantize_4bit(
-    w: Float[Array | np.ndarray, "out in"], *, kind: str = "nf4", block_size: int = 64
+    w: Float[Array | np.ndarray, "out in"], *, kind: Kind = "nf4", block_size: int = 64
 ) -> tuple[UInt8[Array, "*packed"], Float32[Array, "*blocks"]]:
     """The 4-bit code of each weight, and the largest magnitude of each block of weights.
 
@@ -74,7 +74,7 @@ def double_quantize(absmax: Float32[Array | np.ndarray, "*blocks"]) -> DoubleQua
     return reference.double_quantize(absmax)
 
 
-def check(kind: str, block_size: int) -> None:
+def check(kind: Kind, block_size: int) -> None:
     """Raises ValueError unless there is such a codebook and such a block size."""
     codebook(kind)
     if block_size not in BLOCK_SIZES:

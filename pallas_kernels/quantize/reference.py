@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.codebooks import DYNAMIC_SIGNED, midpoints, sorted_codes
+from pallas_kernels.codebooks import DYNAMIC_SIGNED, Kind, midpoints, sorted_codes
 
 TINY = np.finfo(np.float32).tiny  # a smaller divisor is a zero where denormals are flushed
 HUGE = np.float32(2**125)  # and the reciprocal of a larger one is denormal
@@ -30,7 +30,7 @@ class DoubleQuantized(NamedTuple):
 
 
 def quantize_4bit(
-    w: Float[Array, "out in"], kind: str, block_size: int
+    w: Float[Array, "out in"], kind: Kind, block_size: int
 ) -> tuple[UInt8[Array, "*packed"], Float32[Array, "*blocks"]]:
     """Codes and absmax; flat unless blocks fill the rows."""
     out, width = w.shape
@@ -52,7 +52,7 @@ def quantize_4bit(
 
 
 def nearest_codes(
-    blocks: Float[Array, "*blocks size"], kind: str
+    blocks: Float[Array, "*blocks size"], kind: Kind
 ) -> tuple[UInt8[Array, "*blocks size"], Float32[Array, "*blocks"]]:
     """Codes and absmax of whole blocks, scaled by the reciprocal of absmax."""
     # In the blocks' own dtype, which is exact: a shared float32 copy would be stored whole.
@@ -66,7 +66,7 @@ def nearest_codes(
 
 
 def nearest_codes_short(
-    block: Float[Array, " size"], kind: str
+    block: Float[Array, " size"], kind: Kind
 ) -> tuple[UInt8[Array, " size"], Float32[Array, ""]]:
     """Codes and absmax of the short block at the end, divided by an absmax that is never 0."""
     x = block.astype(jnp.float32)
@@ -79,7 +79,7 @@ def nearest_codes_short(
     return code_of(x / jax.lax.optimization_barrier(divisor), kind), absmax
 
 
-def code_of(scaled: Float32[Array, "*shape"], kind: str) -> UInt8[Array, "*shape"]:
+def code_of(scaled: Float32[Array, "*shape"], kind: Kind) -> UInt8[Array, "*shape"]:
     """The code of the codebook value nearest to each number; a tie takes the smaller value.
 
     One comparison a boundary, each adding the step from one sorted code to the next: nothing of
