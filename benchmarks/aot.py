@@ -152,6 +152,8 @@ class Kernel:
       shared_bytes: a block.
       blocks: of the grid.
       threads: a block.
+      tmem_columns: of tensor memory, a block.
+      result: shape and dtype, such as "4096x4096xbf16".
       serialized: ptxas waits after every wgmma, because of how the accumulator is used.
       sass: the machine code, as nvdisasm prints it.
     """
@@ -161,6 +163,8 @@ class Kernel:
     shared_bytes: int
     blocks: int
     threads: int
+    tmem_columns: int
+    result: str
     serialized: bool
     sass: str
 
@@ -172,13 +176,12 @@ LAUNCH = re.compile(
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
-def read_kernel(folder: Path, name: str) -> Kernel:
-    """Kernel `name` of a dump."""
-    report = (folder / f"{name}.ptxas").read_text()
-    with (folder / f"{name}.mlir-passes.log").open() as passes:  # tens of MB
-        launch = next(
-            m for line in passes if "gpu.launch_func" in line and (m := LAUNCH.search(line))
-        )
+def read_kernel(resources: str, base: Path, result: str) -> Kernel:
+    """The kernel that was dumped as BASE.ptxas and so on."""
+    report = base.with_suffix(".ptxas").read_text()
+    with base.with_suffix(".mlir-passes.log").open() as passes:  # tens of MB
+        launches = (LAUNCH.search(line) for line in passes if "gpu.launch_func" in line)
+        launch = next(filter(None, launches))
     x, y, z, threads, shared = map(int, launch.groups())
     return Kernel(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
@@ -186,12 +189,14 @@ def read_kernel(folder: Path, name: str) -> Kernel:
         shared_bytes=shared,
         blocks=x * y * z,
         threads=threads,
+        tmem_columns=int(re.search(r"tmem_scratch_cols=(\d+)", resources)[1]),
+        result=result,
         serialized="wgmma.mma_async instructions are serialized" in report,
-        sass=(folder / f"{name}.sass_ctrl").read_text(),
+        sass=base.with_suffix(".sass_ctrl").read_text(),
     )
 
 
-HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
+CALL = re.compile(r'@mosaic_gpu.*kernel_hash = "((?:[^"\\]|\\.)*)".*-> tensor<(\w+)>')
 compiled: dict[tuple, list[Kernel]] = {}
 
 
@@ -199,13 +204,26 @@ def kernels(target: Gpu, function: Callable, *shapes) -> list[Kernel]:
     """The Mosaic kernels of `function`, in the order of its program; equal ones compile once."""
     with dumped() as folder:
         lowered = lower(target, function, *shapes)
-        names = [path.name.split(".")[0] for path in folder.glob("*.resources.txt")]
+        calls = CALL.findall(lowered.as_text())
         # Mosaic compiles, and dumps, a kernel of one hash once a process.
-        key = (target.capability, *HASH.findall(lowered.as_text()))
+        key = (target.capability, *(hashed for hashed, _ in calls))
         if key not in compiled:
             lowered.compile()
-            compiled[key] = [read_kernel(folder, name) for name in sorted(names)]
+            files = zip(dumps(folder, ".resources.txt"), dumps(folder, ".ptxas"), strict=True)
+            compiled[key] = [
+                read_kernel(resources.read_text(), report.with_suffix(""), result)
+                for (resources, report), (_, result) in zip(files, calls, strict=True)
+            ]
         return compiled[key]
+
+
+def dumps(folder: Path, suffix: str) -> list[Path]:
+    """The files of one kind, in the order in which they were made: kernel_9, kernel_10.
+
+    What lowering writes and what compiling writes is numbered apart.
+    """
+    paths = folder.glob(f"*{suffix}")
+    return sorted(paths, key=lambda path: int(path.name.split(".")[0].rpartition("_")[2]))
 
 
 @contextlib.contextmanager
