@@ -49,6 +49,12 @@ class Instruction:
         conditional = self.predicate or re.match(r"[!~]?U?[PR]\w+,", self.operands)
         return self.ends_block and not conditional
 
+    @property
+    def weights(self) -> int:
+        """Decoded by it: 2 if it is the permute that completes two."""
+        last = any(word in self.operands for word in LAST_PERMUTES)
+        return 2 * (self.operation == "PRMT" and last)
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -80,6 +86,19 @@ class Loop:
 
     @property
     def multiply_adds(self) -> int:
+        """That a warp asks of the tensor cores in an iteration; tcgen05's size is not in its name.
+
+        A warpgroup's wgmma is counted as a quarter for each of its four warps.
+        """
+        return sum(multiply_adds(each.name) for each in self.instructions)
+
+    @property
+    def weights(self) -> int:
+        """Decoded by a thread in an iteration."""
+        return sum(each.weights for each in self.instructions)
+
+
+def multiply_adds(self) -> int:
         """That a warp asks of the tensor cores in an iteration; tcgen05's size is not in its name.
 
         A warpgroup's wgmma is counted as a quarter for each of its four warps.
@@ -188,6 +207,14 @@ def loops(sass: str) -> list[Loop]:
 
 
 def main_loop(sass: str) -> Loop | None:
-    """The loop that decodes the most weights in an iteration, in the fewest instructions."""
+    """The loop that decodes the most weights in an iteration, in the fewest instructions.
+
+    A loop that ptxas unrolled whole is what lies between the first and the last decoded weight.
+    None if nothing is decoded.
+    """
     decoding = [loop for loop in loops(sass) if loop.weights]
-    return max(decoding, key=lambda loop: (loop.weights, -len(loop.instructions)), default=None)
+    if decoding:
+        return max(decoding, key=lambda loop: (loop.weights, -len(loop.instructions)))
+    code = parse(sass)[0]
+    places = [i for i, each in enumerate(code) if each.weights]
+    return Loop(tuple(code[places[0] : places[-1] + 1])) if places else None
