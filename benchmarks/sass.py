@@ -98,22 +98,6 @@ class Loop:
         return sum(each.weights for each in self.instructions)
 
 
-def multiply_adds(self) -> int:
-        """That a warp asks of the tensor cores in an iteration; tcgen05's size is not in its name.
-
-        A warpgroup's wgmma is counted as a quarter for each of its four warps.
-        """
-        return sum(multiply_adds(each.name) for each in self.instructions)
-
-    @property
-    def weights(self) -> int:
-        """Decoded by a thread in an iteration."""
-        return 2 * sum(
-            each.operation == "PRMT" and any(word in each.operands for word in LAST_PERMUTES)
-            for each in self.instructions
-        )
-
-
 def multiply_adds(name: str) -> int:
     """Of one instruction of a warp: HMMA.16816.F32.BF16 or HGMMA.64x128x16.F32.BF16."""
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
