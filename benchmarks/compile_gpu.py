@@ -160,8 +160,8 @@ def code_of(gpu: Gpu, kernel: aot.Kernel) -> roofline.Code:
         raise ValueError("no loop of the machine code decodes weights by decode.py's permutes")
     # A kernel that moves registers between warpgroups has one that copies and decodes nothing.
     decoding = kernel.threads - (WARPGROUP if "USETMAXREG" in kernel.sass else 0)
-    # Rows: tcgen05 holds a tile in tensor memory, a column a row of x; else count multiply-adds.
-    rows = kernel.tmem_columns or loop.multiply_adds // (32 * loop.weights)
+    # Rows: tcgen05 holds a tile in tensor memory, a column a row of x; others' products tell.
+    rows = kernel.tmem_columns or roofline.ceil(loop.multiply_adds, 256 * loop.weights) * 8
     *sides, dtype = kernel.result.split("x")
     return roofline.Code(
         instructions=len(loop.instructions) / loop.weights,
@@ -228,11 +228,14 @@ def detail(backend: str, gpu: str, m: int, n: int, k: int) -> None:
 
 def show_loops(kernel: aot.Kernel) -> None:
     """Every loop that decodes or multiplies; the others are for copies and waiting."""
-    main = sass.main_loop(kernel.sass)
-    for loop in sass.loops(kernel.sass):
+    found, main = sass.loops(kernel.sass), sass.main_loop(kernel.sass)
+    if main and main not in found:
+        print("  the main loop is unrolled whole")
+        found.append(main)
+    for loop in found:
         if not (loop.weights or loop.matrix):
             continue
-        of = "main loop" if loop.instructions == main.instructions else "loop"
+        of = "main loop" if loop == main else "loop"
         print(f"  {of}: {len(loop.instructions)} instructions, {loop.matrix} matrix", end="")
         if weights := loop.weights:
             print(

@@ -193,12 +193,15 @@ def loops(sass: str) -> list[Loop]:
 def main_loop(sass: str) -> Loop | None:
     """The loop that decodes the most weights in an iteration, in the fewest instructions.
 
-    A loop that ptxas unrolled whole is what lies between the first and the last decoded weight.
-    None if nothing is decoded.
+    A loop that ptxas unrolled whole is what lies between the first load from shared memory and
+    the last product. None if nothing is decoded.
     """
     decoding = [loop for loop in loops(sass) if loop.weights]
     if decoding:
         return max(decoding, key=lambda loop: (loop.weights, -len(loop.instructions)))
     code = parse(sass)[0]
-    places = [i for i, each in enumerate(code) if each.weights]
-    return Loop(tuple(code[places[0] : places[-1] + 1])) if places else None
+    if not any(each.weights for each in code):
+        return None
+    first = next(i for i, each in enumerate(code) if each.operation in ("LDS", "LDSM"))
+    last = max(i for i, each in enumerate(code) if each.weights or each.operation in MATRIX)
+    return Loop(tuple(code[first : last + 1]))
