@@ -63,6 +63,14 @@ OUT_BACKWARD = Layout.TILED(
 )
 
 
+def columns(transposed: bool) -> np.ndarray:
+    """Which column of a tile of the result is row r of LEFT and of ACCUMULATOR, (128,)."""
+    columns = np.arange(COLUMNS)
+    if transposed:  # 32 w + 4 g + 2 i + h, in the order of 64 i + 16 w + 8 h + g
+        return columns.reshape(4, 8, 2, 2).transpose(2, 0, 3, 1).reshape(-1)
+    return columns
+
+
 def tiled(width: int, dtype: DTypeLike) -> tuple:
     """The transforms of shared memory in tiles of 8 rows of `width` elements, swizzled."""
     return (
