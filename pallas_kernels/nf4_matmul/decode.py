@@ -1,10 +1,11 @@
 """The lookup of all GPU kernels: packed codes to 16-bit floats in registers, two twins.
 
     interpret   jnp, which the CPU interpreter runs
-    otherwise   inline PTX: 16 `prmt` (byte permutes) turn 4 bytes of codes into 8 values
+    otherwise   inline PTX: 14 `prmt` (byte permutes) and 5 `lop3` for the 8 values of 4 bytes
 
-A byte permute picks 4 of 8 bytes by 3-bit selectors, so 16 table entries take two permutes and a
-third that chooses by the code's top bit; once for the low bytes of the values, once for the high.
+A byte permute picks 4 of 8 bytes by 3-bit selectors, so 16 table entries take two permutes, of
+which the code's top bit chooses; once for the low bytes of the values, once for the high. With
+selectors of 8 or more a permute repeats the sign of a byte, which makes masks of the top bits.
 The table is data, 8 words that stay in registers: as immediates they cost a MOV per two permutes,
 and as data the kernel serves NF4, FP4 and INT4 alike.
 
@@ -38,9 +39,8 @@ ROWS = WEIGHTS.reduce(1)  # one value a row of WEIGHTS: the scales
 
 WORDS = 8  # uint32: the low bytes of the 16 values, then their high bytes
 WARPGROUP = 128  # threads
+B_WHERE_TOP = 0xD8  # lop3: b where the mask is set, a elsewhere
 TABLE = plgpu.Layout.WG_STRIDED((WORDS * WARPGROUP,), vec_size=1)  # a lane holds every word
-
-LANES = "s t s1 t1 a b h l"
 
 
 def table_words(kind: Kind, dtype: DTypeLike) -> np.ndarray:
@@ -62,20 +62,22 @@ def load_table(ref, *, interpret: bool):
 
 
 def four_values(selector: str, top: str, first: str, second: str) -> str:
-    """PTX: the values of four codes, whose 3 low bits are in `selector` and top bits in `top`."""
+    """PTX: the values of four codes: their 3 low bits in `selector`, masks of their top bits."""
     return f"""
- prmt.b32 a, $9, $10, {selector}; prmt.b32 b, $11, $12, {selector}; prmt.b32 h, a, b, {top};
- prmt.b32 a, $5, $6, {selector}; prmt.b32 b, $7, $8, {selector}; prmt.b32 l, a, b, {top};
+ prmt.b32 a, $9, $10, {selector}; prmt.b32 b, $11, $12, {selector};
+ lop3.b32 h, a, b, {top}, {B_WHERE_TOP};
+ prmt.b32 a, $5, $6, {selector}; prmt.b32 b, $7, $8, {selector};
+ lop3.b32 l, a, b, {top}, {B_WHERE_TOP};
  prmt.b32 {first}, l, h, {0x4051}; prmt.b32 {second}, l, h, {0x6273};"""
 
 
 # $0-$3: 8 values; $4: 4 bytes of codes, the first code of a byte in its high nibble; $5-$12: table.
-PTX = f"""{{ .reg .b32 {", ".join(LANES.split())};
- and.b32 s, $4, {0x77777777}; shr.u32 t, $4, 1; and.b32 t, t, {0x44444444};
- or.b32 t, t, {0x32103210};
- shr.u32 s1, s, 16; shr.u32 t1, t, 16;{four_values("s", "t", "$0", "$1")}{
-    four_values("s1", "t1", "$2", "$3")
-} }}"""
+# A product by 2^16 shifts s on the units of multiplication: those of permutes have most to do.
+PTX = f"""{{ .reg .b32 s, s1, u, t, t1, a, b, h, l; .reg .b64 w;
+ and.b32 s, $4, {0x77777777}; mul.wide.u32 w, s, {1 << 16}; mov.b64 {{u, s1}}, w;
+ shl.b32 u, $4, 4; prmt.b32 t, $4, u, {0x9D8C}; prmt.b32 t1, $4, u, {0xBFAE};{
+    four_values("s", "t", "$0", "$1")
+}{four_values("s1", "t1", "$2", "$3")} }}"""
 CONSTRAINTS = "=r,=r,=r,=r" + ",r" * (1 + WORDS)
 
 
