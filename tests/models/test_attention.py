@@ -1,0 +1,194 @@
+"""Attention: both forms of the blocks against autodiff, their memory, and who is chosen and why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu
+from pallas_kernels.backends import Unsupported
+from qlora_jax.models import attention, chunked_attention, cudnn_attention
+from qlora_jax.models.chunked_attention import Form, bands
+from qlora_jax.models.config import ModelConfig
+from tests.tolerances import VJP_ATOL, VJP_RTOL
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def plain_attention(q, k, v, segment_ids=None):
+    """Attention as the formula says it, with all scores at once."""
+    length, size = q.shape[1], q.shape[3]
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    seen = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    scores = jnp.einsum("bshd,bthd->bhst", q, k) * size**-0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhst,bthd->bshd", weights, v)
+
+
+def case(length: int, packed: bool, rows: int = 2):
+    shapes = ((rows, length, heads, 8) for heads in (6, 2, 2))
+    q, k, v = (normal(seed, *shape) for seed, shape in enumerate(shapes))
+    ids = jnp.sort(jax.random.randint(jax.random.key(3), (rows, length), 0, 3)) if packed else None
+    return q, k, v, ids
+
+
+def with_gradients(attend, args):
+    weights = normal(99, *args[0].shape)
+
+    def scalar(q, k, v, ids):
+        y = attend(q, k, v, ids)
+        return (y * weights).sum(), y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(*args)
+    return y, *grads
+
+
+# Blocks of 4 rows, at most two bands of them: one block and 3 rows; two blocks, one, and 3 rows.
+@pytest.mark.parametrize("length", [7, 15])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("by_products", [False, True])
+def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
+    form = Form(rows=4, by_products=by_products)
+    monkeypatch.setattr(chunked_attention, "MOST_BANDS", 2)
+    monkeypatch.setattr(chunked_attention, "form_here", lambda n_heads, length: form)
+    args = case(length, packed)
+    ours = with_gradients(chunked_attention.chunked_attention, args)
+    autodiff = with_gradients(plain_attention, args)
+    for own, plain in zip(ours, autodiff, strict=True):
+        np.testing.assert_allclose(own, plain, rtol=VJP_RTOL, atol=VJP_ATOL)
+
+
+def test_a_row_of_padding_alone_is_finite():
+    q, k, v, _ = case(9, packed=False)
+    for array in with_gradients(attention.causal_attention, (q, k, v, jnp.zeros((2, 9), int))):
+        assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 128])
+@pytest.mark.parametrize("length", [1, 4, 127, 128, 129, 1024, 5000])
+def test_bands_cover_every_row_once(length, rows):
+    found = bands(length, rows)
+    assert len(found) <= chunked_attention.MOST_BANDS + 1
+    assert [row for b in found for row in range(b.start, b.stop)] == list(range(length))
+    assert all((b.stop - b.start) % b.rows == 0 for b in found)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 1024, 5000])
+def test_a_cpu_unrolls_every_block(length):
+    form = chunked_attention.form_here(9, length)
+    found = bands(length, form.rows)
+    assert form.by_products
+    assert len(found) <= chunked_attention.MOST_BANDS
+    assert all(b.stop - b.start == b.rows for b in found)
+
+
+@pytest.mark.parametrize(("heads", "length", "rows"), [(32, 2048, 128), (32, 8192, 32)])
+def test_a_gpu_scores_what_its_cache_holds(heads, length, rows):
+    with gpu.pretend(gpu.KNOWN["rtx4090"], interpret=False):
+        form = chunked_attention.form_here(heads, length)
+    assert form == Form(rows, by_products=False)
+    assert 4 * heads * rows * length <= gpu.KNOWN["rtx4090"].l2_bytes
+
+
+def temporary_bytes(attend, length: int) -> int:
+    shape = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32)
+
+    def loss(q, k, v):
+        return attend(q, k, v).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("attend", "few"), [(chunked_attention.chunked_attention, True), (plain_attention, False)]
+)
+def test_scores_of_all_tokens_are_never_in_memory(monkeypatch, attend, few):
+    length, heads = 2048, 4
+    form = Form(rows=64, by_products=False)
+    monkeypatch.setattr(chunked_attention, "form_here", lambda n_heads, length: form)
+    assert (temporary_bytes(attend, length) < 4 * heads * length**2 / 4) == few
+
+
+def choice(
+    name: str = "h100",
+    interpret: bool = False,
+    packed: bool = False,
+    length=64,
+    head_dim: int = 128,
+    dtype="bfloat16",
+):
+    q = jax.ShapeDtypeStruct((1, length, 4, head_dim), dtype)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
+    with gpu.pretend(gpu.KNOWN[name], interpret=interpret):
+        return attention.backends.explain(attention.BACKENDS, q, q, q, ids)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if jax had found cuDNN."""
+    monkeypatch.setattr(cudnn_attention, "refusal_of_jax", lambda *asked: None)
+    monkeypatch.setattr(cudnn_attention, "attend", lambda q, k, v: q)
+
+
+@pytest.mark.parametrize("name", gpu.KNOWN)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnn_takes_plain_rows_on_every_gpu(installed, name, dtype):
+    assert str(choice(name, dtype=dtype)) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"packed": True}, "packed segments"),
+        ({"dtype": "float32"}, "the dtype is float32, not bfloat16 or float16"),
+        ({"head_dim": 100}, "head_dim is 100, not a multiple of 8 up to 256"),
+        ({"head_dim": 264}, "head_dim is 264, not a multiple of 8 up to 256"),
+        ({"head_dim": 136, "name": "rtx4090"}, "head_dim is 136, not a multiple of 8 up to 128"),
+        ({"head_dim": 256, "name": "b200"}, "head_dim is 256, not a multiple of 8 up to 128"),
+        ({"length": 63}, "the length is 63, not even"),
+        ({"interpret": True}, "cannot be interpreted"),
+    ],
+)
+def test_blocks_take_the_rest_and_the_reason_is_kept(installed, asked, reason):
+    chosen = choice(**asked)
+    assert chosen.backend == "chunked"
+    assert reason in str(chosen)
+
+
+def test_a_wide_head_on_hopper(installed):
+    assert choice("h100", head_dim=256).backend == "cudnn"
+
+
+def test_without_cudnn_jax_says_so():
+    assert "not cudnn: cuDNN is not detected." in str(choice())
+
+
+def test_what_does_not_compile_is_refused():
+    shape = (1, 64, 4, 128)
+    assert cudnn_attention.refusal_of_jax(shape, shape, "bfloat16", absent=False)
+
+
+def test_on_a_cpu():
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    chosen = attention.explain(ModelConfig.from_dict(fields), 2, 16, jnp.bfloat16, packed=True)
+    assert chosen.backend == "chunked"
+    assert "the default device is a cpu, not an NVIDIA GPU" in str(chosen)
+
+
+def test_a_named_backend_never_falls_back():
+    q, k, v, ids = case(8, packed=False)
+    with pytest.raises(Unsupported, match="the default device is a cpu"):
+        attention.causal_attention(q, k, v, ids, backend="cudnn")
