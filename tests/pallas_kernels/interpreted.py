@@ -3,6 +3,7 @@
 The interpreter runs each group of threads of a block as a thread of the CPU, and keeps vector
 clocks for what is ordered before what. It reports races as jax's version likes: 0.12 raises, 0.11
 prints and goes on. Here both fail, and a kernel whose threads wait for each other fails too.
+Products by wgmma are as asynchronous as the hardware's: strict_wgmma.py.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu
+from tests.pallas_kernels.strict_wgmma import asynchronous
 
 # A copy by TMA, and a product by the tensor core, counts time as a thread of its own. Numbers are
 # reused in turn, and two events of one number are taken for ordered: so many that none comes twice.
@@ -34,6 +36,7 @@ def interpreter(name: str, *, sms: int, seconds: float = 120) -> Iterator[None]:
         gpu.pretend(target, interpret=True),
         plgpu.force_gpu_interpret_mode(params),
         clean_after_failure(),
+        asynchronous(),
         races_raise(),
         no_stall(seconds),
     ):

@@ -64,7 +64,18 @@ TILES = (
     ("shared", Shape(70, 200, 640, sms=3), Shape(70, 192, 648, sms=3)),
     ("tall", Shape(140, 72, 320), Shape(140, 64, 328)),
 )
-BACKENDS = (Backend("hopper", "h100", "factors", TILES),)
+# Two blocks run on an SM, W's rows are whole 64 (backward), the ring has 3 slots.
+MMA_TILES = (
+    ("long", Shape(128, 256, 640), Shape(128, 256, 640)),
+    ("ragged", Shape(70, 200, 192), Shape(70, 192, 192)),
+    ("shared", Shape(70, 264, 640, sms=2), Shape(70, 320, 640, sms=2)),
+    ("tall", Shape(140, 72, 320), Shape(140, 64, 320)),
+)
+BACKENDS = (
+    Backend("hopper", "h100", "factors", TILES),
+    Backend("blackwell", "b200", "factors", TILES),
+    Backend("ampere", "a100", "factors", MMA_TILES),
+)
 
 
 def weight(

@@ -1,0 +1,36 @@
+"""The interpreter finds planted bugs in every kernel, each in the way that it should.
+
+A kernel that the interpreter passes is only as right as the interpreter is strict: these are the
+mistakes that it is trusted to see.
+"""
+
+import pytest
+
+from tests.pallas_kernels import blackwell_bugs, hopper_bugs, kernels, mma_on_cpu
+from tests.pallas_kernels.planted import planted, verdict
+
+pytestmark = pytest.mark.slow
+mma_on_cpu.install()
+
+BACKENDS = {backend.name: backend for backend in kernels.BACKENDS}
+PLANTED = {"hopper": hopper_bugs.BUGS, "blackwell": blackwell_bugs.BUGS}
+BUGS = [(name, bug) for name, bugs in PLANTED.items() for bug in bugs]
+CASES = {(name, bug.shape, bug.direction, bug.rank): bug for name, bug in BUGS}
+
+
+@pytest.mark.parametrize(
+    ("name", "bug"), [pytest.param(name, bug, id=f"{name}: {bug.what}") for name, bug in BUGS]
+)
+def test_caught(name, bug):
+    assert verdict(BACKENDS[name], bug, planted(BACKENDS[name], bug)) in bug.caught
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_unbroken_kernels_pass(case):
+    backend = BACKENDS[case[0]]
+    assert verdict(backend, CASES[case], backend.module) == "none"
+
+
+def test_bugs_enough():
+    assert len(BUGS) >= 15
+    assert set(PLANTED) == set(BACKENDS)
