@@ -56,7 +56,7 @@ def test_a_named_backend_that_refuses():
 
 
 def test_a_described_gpu():
-    with gpu.pretend(gpu.KNOWN["h100"], interpret=False):
+    with gpu.pretend(gpu.KNOWN["h100"], interpret=True):
         explained = pallas_kernels.explain("nf4_matmul", X, CODES, SCALES, shape=SHAPE)
     assert explained.forward.backend == explained.gradient.backend == "hopper"
 
