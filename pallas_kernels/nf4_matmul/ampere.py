@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.gpu import Gpu
-from pallas_kernels.nf4_matmul import decode, fragments
+from pallas_kernels.nf4_matmul import decode, fragments, stores
 from pallas_kernels.nf4_matmul.fragments import ACCUMULATOR, COLUMNS, tiled
 from pallas_kernels.nf4_matmul.mosaic import Kernel, pad
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
@@ -182,7 +182,7 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
     def store(place, acc, dtype):
         for row, each in zip(chunks, acc, strict=True):
             y = fragments.upright(each, **order).astype(dtype)
-            plgpu.store(place(row), y, optimized=False)
+            stores.store(place(row), y, optimized=False)
 
     def part(i, first_tile):
         tile = first_tile + i
