@@ -147,10 +147,10 @@ def body(
     half, chunk = k.rows // DECODERS, y_s.shape[1]
 
     def each_part(do):
-        """do(tile, first step, steps, steps of low rank, steps of this block before)."""
+        """do(tile, first step, steps, steps of low rank, steps of this block before); all steps."""
         if k.work.whole:
             do(block, 0, k.work.steps, k.rank // STEP, 0)
-            return
+            return k.work.steps + k.rank // STEP
         first_tile, number = k.work.parts(block)
 
         def part(i, before):
@@ -159,10 +159,18 @@ def body(
             do(first_tile + i, first, steps, more, before)
             return before + steps + more
 
-        lax.fori_loop(0, number, part, jnp.int32(0))
+        return lax.fori_loop(0, number, part, jnp.int32(0))
 
     def each_step(start, stop, do):
         lax.fori_loop(start, stop, lambda i, _: do(i), None)
+
+    def wait_freed(n):
+        """Until the slots of step n are free."""
+        plgpu.barrier_wait(freed.at[lax.rem(n, k.stages)])
+
+    def wait_freed_rest(steps, last):
+        """For the last steps: who waits for a barrier must see each time that it completes."""
+        each_step(jnp.maximum(steps - last, 0), steps, wait_freed)
 
     def place(tile):
         if k.work.whole:
@@ -181,12 +189,8 @@ def body(
         row, column = place(tile)
 
         def fill(n, *copies):
+            pl.when(n >= k.stages)(lambda: wait_freed(n - k.stages))
             slot = lax.rem(n, k.stages)
-
-            @pl.when(n >= k.stages)
-            def _():
-                plgpu.barrier_wait(freed.at[slot])
-
             for source, at, target, came in copies:
                 source = window(source, at, target.shape[1:])
                 plgpu.copy_gmem_to_smem(source, target.at[slot], came.at[slot])
@@ -225,10 +229,7 @@ def body(
 
     def decode_and_write(table, tile, first, steps, more, before):
         def w_slot(n):
-            @pl.when(n >= W_SLOTS)
-            def _():
-                plgpu.barrier_wait(freed.at[lax.rem(n - W_SLOTS, k.stages)])
-
+            pl.when(n >= W_SLOTS)(lambda: wait_freed(n - W_SLOTS))
             return lax.rem(n, W_SLOTS)
 
         def step(i):
@@ -282,7 +283,8 @@ def body(
     def _():
         plgpu.set_max_registers(DECODE_REGISTERS, action="increase")
         table = decode.load_table(table_g, interpret=k.interpret)
-        each_part(functools.partial(decode_and_write, table))
+        steps = each_part(functools.partial(decode_and_write, table))
+        wait_freed_rest(steps, W_SLOTS)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(group == DECODERS)
@@ -291,5 +293,10 @@ def body(
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == COPY)(lambda: each_part(copy))
-            pl.when(warp == MULTIPLY)(lambda: each_part(multiply))
+            @pl.when(warp == COPY)
+            def _():
+                wait_freed_rest(each_part(copy), k.stages)
+
+            @pl.when(warp == MULTIPLY)
+            def _():
+                each_part(multiply)
