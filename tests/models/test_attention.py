@@ -47,8 +47,8 @@ def with_gradients(attend, args):
     return y, *grads
 
 
-# Blocks of 4 rows, at most two bands of them: one block and 3 rows; two blocks, one, and 3 rows.
-@pytest.mark.parametrize("length", [7, 15])
+# Blocks of 4 rows, at most two bands: one block and 3 rows; three blocks, two, and 3 rows.
+@pytest.mark.parametrize("length", [7, 23])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("by_products", [False, True])
 def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
