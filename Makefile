@@ -1,12 +1,13 @@
-# make demo    fine-tune a real 135M model on this machine, about five minutes
-# make test    lint and every test that needs no GPU
-# Both set up .venv first; the second time that costs nothing.
+# make demo           fine-tune a real 135M model on this machine, about five minutes
+# make test           lint and every test that needs no GPU
+# make compile-gpu    compile every kernel and whole training steps for GPUs that are not there
+# Each sets up an environment of its own first; the second time that costs nothing.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast lint format
+.PHONY: setup demo test test-fast lint format compile-gpu compile-gpu-subset
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -36,3 +37,28 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
+
+# Compiling for absent GPUs: jax's CUDA plugin, ptxas and libdevice, without the CUDA libraries that
+# running would need. benchmarks/results/ is what these versions of jax and ptxas made.
+GPU_VENV := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
+GPU_JAX := jax==0.12.0.1 jaxtyping==0.3.11 flax==0.12.12 optax==0.2.8
+GPU_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
+  nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+
+$(GPU_STAMP): Makefile
+	@$(GPU_VENV)/bin/python -m pip --version >/dev/null 2>&1 || \
+	  { python=$$(.ci/find-python) && "$$python" -m venv --clear $(GPU_VENV); }
+	@echo "Installing into $(GPU_VENV) (once; 1.4 GB)"
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(GPU_JAX)
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(GPU_CUDA)
+	@touch $@
+
+compile-gpu: $(GPU_STAMP)
+	@$(GPU_VENV)/bin/python -m benchmarks.compile_gpu
+	@$(GPU_VENV)/bin/python -m benchmarks.compile_steps
+
+# What has a bar to reach, in a few minutes; writes nothing.
+compile-gpu-subset: $(GPU_STAMP)
+	@$(GPU_VENV)/bin/python -m benchmarks.compile_gpu --subset
+	@$(GPU_VENV)/bin/python -m benchmarks.compile_steps --subset

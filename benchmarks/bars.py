@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from pallas_kernels.gpu import KNOWN
 
+# Of every entry of compiled.json, and of compiled_steps.json.
 KEYS = (
     "kernel",
     "gpu",
@@ -18,6 +19,7 @@ KEYS = (
     "roofline_us",
     "ideal_bf16_us",
 )
+STEP_KEYS = ("gpu", "model", "seq_len", "argument_bytes", "temp_bytes", "host_bytes")
 # The backends of nf4_matmul that are Mosaic kernels, in the order in which they are asked.
 BACKENDS = ("small_m", "hopper", "blackwell", "ampere")
 
@@ -61,6 +63,18 @@ def missed(entries: Iterable[dict]) -> list[str]:
         ratio = entry["roofline_us"] / entry["ideal_bf16_us"]
         if ratio > most:
             lines.append(f"{name(entry)}: {ratio:.3f} of the time of bf16, not {most:.3f}")
+    return lines
+
+
+def missed_by_steps(entries: Iterable[dict]) -> list[str]:
+    """A line for each entry of compiled_steps.json that takes more memory than it may."""
+    lines = []
+    for entry in entries:
+        most, found = STEP_TEMPORARIES.get(entry["gpu"]), entry["temp_bytes"]
+        if most and found > most:
+            lines.append(
+                f"{entry['gpu']} {entry['model']}: {found} bytes temporary, not {most:.0f}"
+            )
     return lines
 
 
