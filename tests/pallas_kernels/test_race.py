@@ -6,14 +6,18 @@ mistakes that it is trusted to see.
 
 import pytest
 
-from tests.pallas_kernels import blackwell_bugs, hopper_bugs, kernels, mma_on_cpu
+from tests.pallas_kernels import ampere_bugs, blackwell_bugs, hopper_bugs, kernels, mma_on_cpu
 from tests.pallas_kernels.planted import planted, verdict
 
 pytestmark = pytest.mark.slow
 mma_on_cpu.install()
 
 BACKENDS = {backend.name: backend for backend in kernels.BACKENDS}
-PLANTED = {"hopper": hopper_bugs.BUGS, "blackwell": blackwell_bugs.BUGS}
+PLANTED = {
+    "hopper": hopper_bugs.BUGS,
+    "blackwell": blackwell_bugs.BUGS,
+    "ampere": ampere_bugs.BUGS,
+}
 BUGS = [(name, bug) for name, bugs in PLANTED.items() for bug in bugs]
 CASES = {(name, bug.shape, bug.direction, bug.rank): bug for name, bug in BUGS}
 
