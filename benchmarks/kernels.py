@@ -30,7 +30,7 @@ if not __package__:  # run as a file
 import jax
 
 from benchmarks import contenders, measuring, speed_table
-from benchmarks.peers import Bitsandbytes
+from benchmarks.peers import Bitsandbytes, PeerError
 from benchmarks.speed_bars import judged
 from pallas_kernels import gpu
 from pallas_kernels.cross_entropy import cases as head_cases
@@ -60,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         peer = None
         if args.bnb_python:
-            peer = Bitsandbytes(args.bnb_python, double=not args.plain_scales)
+            try:
+                peer = Bitsandbytes(args.bnb_python, double=not args.plain_scales)
+            except PeerError as error:
+                print(f"error: --bnb-python {args.bnb_python}: {error}", file=sys.stderr)
+                return 2
             stack.enter_context(peer)
         found = {**described(target, args), "rows": [], "bars": []}
         if peer:
@@ -156,8 +160,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.ops) - set(OPS):
         parser.error(f"--ops has {', '.join(unknown)}; the ops are {', '.join(OPS)}")
-    models = {case.model for case in cases.CASES + cases.TINY}
-    if unknown := set(args.models) - models:
+    models = dict.fromkeys(case.model for case in cases.CASES + cases.TINY)
+    if unknown := set(args.models) - models.keys():
         parser.error(f"--models has {', '.join(unknown)}; the models are {', '.join(models)}")
     args.repeat = args.repeat or (1 if args.interpret else 20)
     args.calls = args.calls or (2 if args.interpret else None)

@@ -35,7 +35,8 @@ def measure(
         try:
             run, known = ready(problem, contender, weights, exact)
         except Unsupported as refusal:
-            row |= {"outcome": "refused", "reason": str(refusal)}
+            reason = str(refusal).removeprefix(f"{contender.name}: ")
+            row |= {"outcome": "refused", "reason": reason}
         except Exception as error:  # a compiler's or the device's: the others go on
             row |= {"outcome": "failed", "reason": short(error)}
         else:

@@ -23,12 +23,19 @@ class Bitsandbytes:
         """Starts `python` (a path), which must have bitsandbytes; `double` quantizes the scales.
 
         Raises:
-          PeerError: it has not; its own error stands above on stderr.
+          PeerError: it has not, and says so itself on stderr; or there is no such program.
         """
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([python, str(PROGRAM)], **pipes)
+        try:
+            self.process = subprocess.Popen([python, str(PROGRAM)], **pipes)
+        except OSError as error:
+            raise PeerError(str(error)) from error
         self.double = double
-        hello = self.answer()
+        try:
+            hello = self.answer()
+        except PeerError:
+            self.__exit__()
+            raise
         self.versions = {**hello["versions"], "bitsandbytes device": hello["device"]}
 
     def __enter__(self) -> "Bitsandbytes":

@@ -49,6 +49,7 @@ def judged(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                     **dict(zip(PRODUCT, key, strict=True)),
                     "contender": ours["contender"],
                     "bar": bar.text,
+                    "against": bar.rival or "bandwidth",
                     "at_least": bar.at_least,
                     "value": value,
                     "holds": None if value is None else value >= bar.at_least,

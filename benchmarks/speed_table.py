@@ -24,7 +24,10 @@ def table(found: dict[str, Any]) -> Table:
     for row in found["rows"]:
         groups.setdefault(tuple(row[key] for key in KEYS), []).append(row)
     contenders = dict.fromkeys(row["contender"] for row in found["rows"] if row["seconds"])
-    title = f"{found['gpu']}, {found['date']}: microseconds a call, * is chosen by default"
+    title = (
+        f"{found['gpu']}, {found['date']}: microseconds a call; * is chosen by default; "
+        "(L2): the cache holds the weights"
+    )
     if found["interpreted"]:
         title += "\nINTERPRETED ON THE CPU: the times and the bars mean nothing"
     shown = Table(title=title, box=SIMPLE_HEAD)
@@ -66,12 +69,13 @@ def percent(share: float | None) -> str:
 
 
 def bars(judged: list[dict[str, Any]], key: tuple) -> str:
-    """`yes 3x bf16 (3.4), NO 75% of bandwidth (0.61)`."""
-    words = {True: "yes", False: "NO", None: "?"}
+    """`ok bf16 3.46 (3), NO bandwidth 0.61 (0.75), ? bitsandbytes (1.3)`: reached, and to reach."""
+    words = {True: "ok", False: "NO", None: "?"}
     mine = [bar for bar in judged if tuple(bar[name] for name in KEYS[1:]) == key[1:]]
     return ", ".join(
-        f"{words[bar['holds']]} {bar['bar']}"
-        + ("" if bar["value"] is None else f" ({bar['value']:.2f})")
+        f"{words[bar['holds']]} {bar['against']} "
+        + ("" if bar["value"] is None else f"{bar['value']:.2f} ")
+        + f"({bar['at_least']:g})"
         for bar in mine
     )
 
