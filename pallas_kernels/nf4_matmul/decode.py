@@ -1,13 +1,15 @@
 """The lookup of all GPU kernels: packed codes to 16-bit floats in registers, two twins.
 
     interpret   jnp, which the CPU interpreter runs
-    otherwise   inline PTX: 14 `prmt` (byte permutes) and 5 `lop3` for the 8 values of 4 bytes
+    otherwise   inline PTX: 16 `prmt` (byte permutes) turn 4 bytes of codes into 8 values
 
-A byte permute picks 4 of 8 bytes by 3-bit selectors, so 16 table entries take two permutes, of
-which the code's top bit chooses; once for the low bytes of the values, once for the high. With
-selectors of 8 or more a permute repeats the sign of a byte, which makes masks of the top bits.
-The table is data, 8 words that stay in registers: as immediates they cost a MOV per two permutes,
+A byte permute picks 4 of 8 bytes by 3-bit selectors, so 16 table entries take two permutes and a
+third that chooses by the code's top bit; once for the low bytes of the values, once for the high.
+The table is data, 9 words that stay in registers: as immediates they cost a MOV per two permutes,
 and as data the kernel serves NF4, FP4 and INT4 alike.
+
+Permutes, logic and shifts issue on one pipe, at half rate, and decoding fills it. So the selectors
+are shifted by multiplying: 18 instructions of that pipe for 8 values, where shifts made 21.
 
 tests/pallas_kernels/test_ptx.py runs the PTX text itself on every input; test_layout.py proves
 from Mosaic's layouts that the registers lie where the kernels expect them.
@@ -37,17 +39,18 @@ WEIGHTS = plgpu.Layout.TILED(
 )
 ROWS = WEIGHTS.reduce(1)  # one value a row of WEIGHTS: the scales
 
-WORDS = 8  # uint32: the low bytes of the 16 values, then their high bytes
+WORDS = 9  # uint32: the low bytes of the 16 values, their high bytes, and TOPS
 WARPGROUP = 128  # threads
-B_WHERE_TOP = 0xD8  # lop3: b where the mask is set, a elsewhere
 TABLE = plgpu.Layout.WG_STRIDED((WORDS * WARPGROUP,), vec_size=1)  # a lane holds every word
+TOPS = 0x44444444  # a mask of the PTX: lop3 takes one immediate, and the other would cost a MOV
 
 
 def table_words(kind: Kind, dtype: DTypeLike) -> np.ndarray:
-    """The codebook rounded to bfloat16 or float16 as 8 uint32, each repeated for 128 threads."""
+    """The codebook rounded to bfloat16 or float16, and TOPS: 9 uint32, each for 128 threads."""
     values = codebook(kind).astype(dtype).view(np.uint16)
     low, high = (values & 255).astype(np.uint8), (values >> 8).astype(np.uint8)
-    return np.concatenate([low.view(np.uint32), high.view(np.uint32)]).repeat(WARPGROUP)
+    words = low.view(np.uint32), high.view(np.uint32), np.array([TOPS], np.uint32)
+    return np.concatenate(words).repeat(WARPGROUP)
 
 
 def load_table(ref, *, interpret: bool):
@@ -62,22 +65,25 @@ def load_table(ref, *, interpret: bool):
 
 
 def four_values(selector: str, top: str, first: str, second: str) -> str:
-    """PTX: the values of four codes: their 3 low bits in `selector`, masks of their top bits."""
+    """PTX: the values of four codes, whose 3 low bits are in `selector` and top bits in `top`."""
     return f"""
- prmt.b32 a, $9, $10, {selector}; prmt.b32 b, $11, $12, {selector};
- lop3.b32 h, a, b, {top}, {B_WHERE_TOP};
- prmt.b32 a, $5, $6, {selector}; prmt.b32 b, $7, $8, {selector};
- lop3.b32 l, a, b, {top}, {B_WHERE_TOP};
+ prmt.b32 a, $9, $10, {selector}; prmt.b32 b, $11, $12, {selector}; prmt.b32 h, a, b, {top};
+ prmt.b32 a, $5, $6, {selector}; prmt.b32 b, $7, $8, {selector}; prmt.b32 l, a, b, {top};
  prmt.b32 {first}, l, h, {0x4051}; prmt.b32 {second}, l, h, {0x6273};"""
 
 
-# $0-$3: 8 values; $4: 4 bytes of codes, the first code of a byte in its high nibble; $5-$12: table.
-# A product by 2^16 shifts s on the units of multiplication: those of permutes have most to do.
-PTX = f"""{{ .reg .b32 s, s1, u, t, t1, a, b, h, l; .reg .b64 w;
- and.b32 s, $4, {0x77777777}; mul.wide.u32 w, s, {1 << 16}; mov.b64 {{u, s1}}, w;
- shl.b32 u, $4, 4; prmt.b32 t, $4, u, {0x9D8C}; prmt.b32 t1, $4, u, {0xBFAE};{
-    four_values("s", "t", "$0", "$1")
-}{four_values("s1", "t1", "$2", "$3")} }}"""
+def shift_right(result: str, value: str, bits: int) -> str:
+    """PTX: the upper half of a product."""
+    return f"mul.wide.u32 w, {value}, {1 << (32 - bits)}; mov.b64 {{u, {result}}}, w;"
+
+
+# $0-$3: 8 values; $4: 4 bytes of codes, the first code of a byte in its high nibble; $5-$13: table.
+PTX = f"""{{ .reg .b32 s, s1, t, t1, a, b, h, l, u; .reg .b64 w;
+ and.b32 s, $4, {0x77777777}; {shift_right("s1", "s", 16)}
+ {shift_right("t", "$4", 1)} and.b32 t, t, $13; or.b32 t, t, {0x32103210};
+ {shift_right("t1", "t", 16)}{four_values("s", "t", "$0", "$1")}{
+    four_values("s1", "t1", "$2", "$3")
+} }}"""
 CONSTRAINTS = "=r,=r,=r,=r" + ",r" * (1 + WORDS)
 
 
