@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import choices
-from pallas_kernels.backends import dispatch
+from pallas_kernels.backends import dispatch, explain
 from pallas_kernels.cross_entropy.api import cross_entropy
 from pallas_kernels.dequantize import api as dequantize_api
 from pallas_kernels.lora_matmul import api as lora_api
@@ -18,6 +18,7 @@ from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.cases import Case
 from pallas_kernels.nf4_matmul.weight import Weight
 from pallas_kernels.quantize.api import DoubleQuantized
+from qlora_jax.models import attention as model_attention
 
 # In bfloat16, of what is rounded once more on its way: the thin product, the probabilities.
 ROUNDED_TWICE = 8e-3
@@ -53,7 +54,7 @@ class Problem:
       case: the shapes.
       direction: forward, backward (the gradient alone) or both.
       x: what all weights are multiplied by, as `call` takes it.
-      weight: makes the Weight, or dense head, of a seed.
+      weight: makes what takes turns, of a seed: a Weight, a dense head, keys and values.
       exact: the float32 result for (x, weight).
       flops: multiplications and additions of a call.
       moved: bytes of what is read and written beside the weight.
@@ -91,9 +92,9 @@ def random_weight(seed: int, *, shape: tuple[int, int], double: bool) -> Weight:
     return Weight(codes, scales, shape, "nf4", BLOCK, "bnb")
 
 
-def normal(*shape: int, dtype=jnp.bfloat16) -> jax.Array:
-    """Fixed by its shape."""
-    return jax.random.normal(jax.random.key(sum(shape)), shape, dtype)
+def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
+    """Activations, gradients, an adapter."""
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def multiply(x: jax.Array, w: jax.Array, dimensions: tuple) -> jax.Array:
@@ -117,7 +118,7 @@ def nf4_matmul(case: Case, direction: str, *, double: bool) -> Problem:
     forward = direction == "forward"
     asked = api.FORWARD if forward else api.BACKWARD
     dimensions = TRANSPOSED if forward else AS_IT_LIES
-    x = normal(case.m, case.k if forward else case.n)
+    x = normal(0, case.m, case.k if forward else case.n)
     weight = functools.partial(random_weight, shape=case.shape, double=double)
 
     def backend(name: str) -> Contender:
@@ -135,7 +136,7 @@ def nf4_matmul(case: Case, direction: str, *, double: bool) -> Problem:
         exact=lambda x, w: exactly(x, dense(w, jnp.float32), dimensions),
         flops=2 * case.m * case.n * case.k,
         moved=2 * case.m * (case.n + case.k),
-        chosen=explained("nf4_matmul", weight, normal(case.m, case.k), direction),
+        chosen=explained("nf4_matmul", weight, normal(0, case.m, case.k), direction),
         contenders=(
             *(backend(name) for name, _ in asked),
             Contender("bf16", lambda x, w: multiply(x, w, dimensions), dense),
@@ -210,8 +211,8 @@ def with_gradient(product: Callable[..., jax.Array], arguments: tuple, dy: jax.A
 def lora_matmul(case: Case, *, double: bool) -> Problem:
     """x W^T + s (x A^T) B^T, and the gradients of x, A and B^T."""
     weight = functools.partial(random_weight, shape=case.shape, double=double)
-    a, b = normal(RANK, case.k, dtype=jnp.float32), normal(RANK, case.n, dtype=jnp.float32)
-    x, scale = normal(case.m, case.k), jnp.float32(0.01)
+    a, b = (normal(i, RANK, n, dtype=jnp.float32) for i, n in enumerate((case.k, case.n)))
+    x, scale = normal(2, case.m, case.k), jnp.float32(0.01)
 
     def backend(name: str | None):
         def call(given, w):
@@ -242,7 +243,7 @@ def lora_matmul(case: Case, *, double: bool) -> Problem:
         op="lora_matmul",
         case=case,
         direction="both",
-        x=((x, a, b), normal(case.m, case.n)),
+        x=((x, a, b), normal(3, case.m, case.n)),
         weight=weight,
         exact=exact,
         # Twice the product of W, and of A and B twice each: forward, and for x and for themselves.
@@ -259,7 +260,7 @@ def lora_matmul(case: Case, *, double: bool) -> Problem:
 
 def head_loss(case: Case) -> Problem:
     """The loss of a dense head and the gradient of x, by chunks and with all logits in memory."""
-    x = normal(case.m, case.k)
+    x = normal(0, case.m, case.k)
     labels = jax.random.randint(jax.random.key(1), (case.m,), 0, case.n)
 
     def all_logits(x, head, product=multiply):
@@ -291,5 +292,49 @@ def head_loss(case: Case) -> Problem:
             Contender("chunks", by_chunks, ours=True),
             Contender("all logits", all_logits),
         ),
+        allowed=ROUNDED_TWICE,
+    )
+
+
+def attention(case: Case) -> Problem:
+    """Causal attention, n = heads x 128 and k = key/value heads x 128, and its three gradients."""
+    size = min(128, case.k)
+    q, dy = (normal(i, 1, case.m, case.n // size, size) for i in range(2))
+
+    def keys_and_values(seed: int) -> tuple[jax.Array, jax.Array]:
+        shape = (2, 1, case.m, case.k // size, size)
+        return tuple(jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16))
+
+    def backend(name: str) -> Contender:
+        def call(given, kv):
+            product = functools.partial(model_attention.causal_attention, backend=name)
+            return with_gradient(product, (given[0], *kv), given[1])
+
+        return Contender(name, call, ours=True)
+
+    def all_scores(q, k, v):
+        k, v = (jnp.repeat(a, case.n // case.k, axis=2) for a in (k, v))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * size**-0.5
+        seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest")
+
+    def exact(given, kv):
+        q, dy, k, v = (a.astype(jnp.float32) for a in (*given, *kv))
+        return with_gradient(all_scores, (q, k, v), dy)
+
+    kv = jax.eval_shape(keys_and_values, 0)
+    chosen = explain(model_attention.BACKENDS, q, *kv)
+    return Problem(
+        op="attention",
+        case=case,
+        direction="both",
+        x=(q, dy),
+        weight=jax.jit(keys_and_values),
+        exact=exact,
+        flops=7 * case.m**2 * case.n,  # half of two products forward and of five backward
+        moved=2 * case.m * (4 * case.n + 2 * case.k),
+        chosen=chosen.backend,
+        contenders=tuple(backend(name) for name, _ in model_attention.BACKENDS),
         allowed=ROUNDED_TWICE,
     )

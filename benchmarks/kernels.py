@@ -38,7 +38,10 @@ from pallas_kernels.nf4_matmul import cases
 from qlora_jax.workflows.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-OPS = ("nf4_matmul", "dequantize", "lora_matmul", "cross_entropy")
+OPS = ("nf4_matmul", "dequantize", "lora_matmul", "cross_entropy", "attention")
+# Heads x head_dim, and those of keys and values, at lengths of a training row.
+ATTENTION = cases.cases("Llama-3.1-8B", {"attention": (4096, 1024)}, (512, 2048, 4096))
+TINY_ATTENTION = cases.cases("tiny", {"attention": (64, 16)}, (200,))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,6 +109,10 @@ def problems(args: argparse.Namespace) -> Iterator[contenders.Problem]:
         for case in head_cases.TINY if args.interpret else head_cases.CASES:
             if wanted(case):
                 yield contenders.head_loss(case)
+    if "attention" in args.ops:
+        for case in TINY_ATTENTION if args.interpret else ATTENTION:
+            if wanted(case):
+                yield contenders.attention(case)
 
 
 @contextlib.contextmanager

@@ -161,10 +161,14 @@ def test_one_wrong_number_is_wrong_though_the_norm_allows_it():
 
 
 @pytest.mark.slow
-def test_lora_and_the_loss_are_right_by_their_plain_forms():
+def test_lora_the_loss_and_attention_are_right_by_their_plain_forms():
     """Also where no kernel can be asked: their exact results are not made by themselves."""
     case = Case("made", "up", 8, 32, 64)
-    for made in (contenders.lora_matmul(case, double=True), contenders.head_loss(case)):
+    for made in (
+        contenders.lora_matmul(case, double=True),
+        contenders.head_loss(case),
+        contenders.attention(Case("made", "up", 8, 64, 16)),
+    ):
         rows = measuring.measure(made, H100, 1, 1, None)
         assert [row["outcome"] for row in rows if row["chosen"]] == ["timed"]
         assert {row["outcome"] for row in rows} <= {"timed", "refused"}
