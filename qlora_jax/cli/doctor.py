@@ -15,16 +15,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what was found; the exit code is 1 when a kernel computes wrongly."""
+    """Prints what was found; the exit code is 1 when a kernel is wrong or fails."""
     from qlora_jax.workflows.environment import disk, environment
     from qlora_jax.workflows.self_test import kernel_test
 
     found, checks = environment(), kernel_test()
     found["disk"] = disk()
-    found["kernels"] = [{**asdict(check), "right": check.right} for check in checks]
+    found["kernels"] = [asdict(check) for check in checks]
     found["advice"] = list(advice(found))
     print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
-    return 0 if all(check.right for check in checks) else 1
+    return 0 if all(check.fine for check in checks) else 1
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -57,18 +57,45 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     )
     for key, value in found["variables"].items():
         yield row("variable", f"{key}={value}")
-    for check in found["kernels"]:
-        yield row("kernel", f"nf4_matmul {check['backend']}: {verdict(check)}")
+    for backend in dict.fromkeys(check["backend"] for check in found["kernels"]):
+        checks = [check for check in found["kernels"] if check["backend"] == backend]
+        verdicts = list(kernel(checks))
+        yield row("kernel", f"nf4_matmul {backend}: {verdicts[0]}")
+        for text in verdicts[1:]:
+            yield row("", f"  {text}")
     for text in found["advice"]:
         yield row("note", text)
 
 
-def verdict(check: dict[str, Any]) -> str:
-    """One backend's self-test in words."""
-    if check["error"] is None:
-        return f"not here: {check['reason']}"
-    word = "right" if check["right"] else "WRONG"
-    return f"{word} ({check['layout']} order, off by {check['error']:.1e} of the largest value)"
+def kernel(checks: list[dict[str, Any]]) -> Iterator[str]:
+    """One backend's self-test in words, the products of one outcome and reason together."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for check in checks:
+        alike.setdefault((check["outcome"], check["reason"]), []).append(check)
+    for (outcome, reason), some in sorted(
+        alike.items(), key=lambda item: OUTCOMES.index(item[0][0])
+    ):
+        about = "" if len(some) == len(checks) else " " + joined([c["product"] for c in some])
+        if outcome == "refused":
+            yield f"not here{about and ' for' + about}: {reason}"
+        elif outcome == "failed":
+            yield f"FAILED{about}: {reason}"
+        else:
+            error, layout = max(check["error"] for check in some), some[0]["layout"]
+            word = "WRONG" if outcome == "wrong" else "right"
+            yield f"{word}{about} ({layout} order, off by {error:.1e} of the largest value)"
+
+
+OUTCOMES = ("wrong", "failed", "right", "refused")  # in the order in which they are told
+
+
+def joined(products: list[str]) -> str:
+    """`16, 256 rows forward; 16 rows backward`: what differs in its rows alone is told together."""
+    by_kind: dict[str, list[str]] = {}
+    for product in products:
+        number, _, kind = product.partition(" ")
+        by_kind.setdefault(kind, []).append(number)
+    return "; ".join(f"{', '.join(numbers)} {kind}" for kind, numbers in by_kind.items())
 
 
 def advice(found: dict[str, Any]) -> Iterator[str]:
@@ -83,5 +110,5 @@ def advice(found: dict[str, Any]) -> Iterator[str]:
             "JAX takes 75% of a GPU's memory when it starts; XLA_CLIENT_MEM_FRACTION=.95 gives it "
             "more, XLA_PYTHON_CLIENT_PREALLOCATE=false lets it grow as needed"
         )
-    if any(check["error"] is not None and not check["right"] for check in found["kernels"]):
-        yield "a kernel computes wrongly here: please report this whole block"
+    if any(check["outcome"] in ("wrong", "failed") for check in found["kernels"]):
+        yield "a kernel computes wrongly or fails here: please report this whole block"

@@ -7,9 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.backends import Unsupported
+from pallas_kernels.nf4_matmul import reference
+from pallas_kernels.nf4_matmul.api import BACKENDS, GPU_BACKENDS
 from qlora_jax.cli import doctor
 from qlora_jax.cli.main import main
 from qlora_jax.workflows import environment, self_test
+from tests.pallas_kernels import mma_on_cpu
+from tests.pallas_kernels.interpreted import interpreter
+
+
+def made_up(backend, product, outcome, **rest):
+    return dataclasses.asdict(self_test.Check(backend, product, outcome, **rest))
+
 
 FOUND = {
     "python": "3.13.0",
@@ -36,8 +46,16 @@ FOUND = {
     "disk": {"total": 2e12, "free": 1e12},
     "variables": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},
     "kernels": [
-        {"backend": "cpu", "layout": "", "error": None, "reason": "a GPU", "right": True},
-        {"backend": "reference", "layout": "bnb", "error": 0.5, "reason": "", "right": False},
+        made_up("small_m", "16 rows forward", "right", layout="bnb", error=0.001),
+        made_up("small_m", "256 rows forward", "refused", reason="x has 256 rows"),
+        made_up("small_m", "16 rows backward", "refused", reason="no backward"),
+        made_up("small_m", "256 rows backward", "refused", reason="no backward"),
+        made_up("ampere", "16 rows forward", "failed", reason="XlaRuntimeError: ptxas died"),
+        made_up("ampere", "16 rows backward", "right", layout="bnb", error=0.002),
+        made_up("ampere", "256 rows backward", "right", layout="bnb", error=0.003),
+        made_up("cpu", "16 rows forward", "refused", reason="a GPU"),
+        made_up("cpu", "16 rows backward", "refused", reason="a GPU"),
+        made_up("reference", "16 rows forward", "wrong", layout="bnb", error=0.5),
     ],
     "advice": [],
 }
@@ -49,10 +67,18 @@ def test_json_has_everything(capsys):
     assert found.keys() == FOUND.keys()
     assert found["backend"] == "cpu"
     assert found["memory"]["available"] <= found["memory"]["total"]
-    backends = {check["backend"]: check for check in found["kernels"]}
+    products = {str(product) for product in self_test.PRODUCTS if not product.rank}
     for name in ("cpu", "reference"):
-        assert backends[name]["right"]
-        assert 0 < backends[name]["error"] <= self_test.ALLOWED
+        checks = [check for check in found["kernels"] if check["backend"] == name]
+        assert {check["product"] for check in checks} == products
+        for check in checks:
+            assert check["outcome"] == "right"
+            assert 0 < check["error"] <= self_test.ALLOWED
+    for check in found["kernels"]:
+        if check["backend"] in GPU_BACKENDS:
+            assert check["outcome"] == "refused"
+            assert check["reason"] == "the default device is a cpu, not a GPU"
+    assert {check["backend"] for check in found["kernels"]} == set(BACKENDS)
 
 
 def test_text_shows_a_gpu_and_who_holds_it():
@@ -61,8 +87,17 @@ def test_text_shows_a_gpu_and_who_holds_it():
     assert "held by    python (77): 69000 MiB" in shown
     assert "JAX may take 60.0 GB, holds 1.0 GB" in shown
     assert "variable   XLA_FLAGS=--xla_gpu_autotune_level=0" in shown
-    assert "nf4_matmul cpu: not here: a GPU" in shown
-    assert "nf4_matmul reference: WRONG" in shown
+    assert (
+        "kernel     nf4_matmul small_m: right 16 rows forward (bnb order, off by 1.0e-03 of the "
+        "largest value)\n"
+        "             not here for 256 rows forward: x has 256 rows\n"
+        "             not here for 16, 256 rows backward: no backward\n"
+        "kernel     nf4_matmul ampere: FAILED 16 rows forward: XlaRuntimeError: ptxas died\n"
+        "             right 16, 256 rows backward (bnb order, off by 3.0e-03 of the largest "
+        "value)\n"
+        "kernel     nf4_matmul cpu: not here: a GPU\n"
+        "kernel     nf4_matmul reference: WRONG (bnb order, off by 5.0e-01 of the largest value)\n"
+    ) in shown
     assert "JAX takes 75% of a GPU's memory" in shown
     assert "please report" in shown
 
@@ -72,18 +107,66 @@ def test_a_gpu_that_jax_does_not_use_is_pointed_out():
     assert "pip install 'qlora-jax[cuda12]'" in text
 
 
-def test_a_wrong_kernel_is_exit_code_1(monkeypatch, capsys):
-    wrong = self_test.Check("cpu", "halves", error=float("inf"))
-    monkeypatch.setattr(self_test, "kernel_test", lambda: [wrong])
+@pytest.mark.parametrize("outcome", ["wrong", "failed"])
+def test_a_wrong_kernel_is_exit_code_1(outcome, monkeypatch, capsys):
+    bad = self_test.Check("cpu", "16 rows forward", outcome, "halves", error=float("inf"))
+    monkeypatch.setattr(self_test, "kernel_test", lambda: [bad])
     assert main(["doctor"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+    assert outcome.upper() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("value", "right"), [(1.0, True), (1.02, False), (np.nan, False)])
-def test_relative_error(value, right):
-    error = self_test.relative(jnp.array([value, -1.0]), np.array([1.0, -1.0]))
-    assert self_test.Check("cpu", "bnb", error=error).right == right
-    assert dataclasses.replace(self_test.Check("cpu"), reason="elsewhere").right
+SMALL = self_test.Product(16, (64, 128), "forward")
+
+
+def replaced(monkeypatch, function):
+    """The only backend is `function`, called `made up`."""
+    monkeypatch.setattr(self_test, "FORWARD", (("made up", function),))
+    return self_test.check("made up", SMALL, *self_test.inputs(SMALL))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02, np.nan])
+def test_what_is_off_is_wrong(factor, monkeypatch):
+    found = replaced(monkeypatch, lambda x, w: reference.forward(x, w) * jnp.bfloat16(factor))
+    assert found.outcome == ("right" if factor == 1 else "wrong")
+    assert found.fine == (factor == 1)
+
+
+def test_a_kernel_that_breaks_is_a_finding(monkeypatch):
+    def broken(x, w):
+        raise RuntimeError("ptxas exited\nwith code 255")
+
+    found = replaced(monkeypatch, broken)
+    assert found.outcome == "failed"
+    assert found.reason == "RuntimeError: ptxas exited with code 255"
+    assert not found.fine
+
+
+def test_each_layout_is_offered(monkeypatch):
+    def picky(x, w):
+        if w.layout != "halves":
+            raise Unsupported(f"layout is {w.layout}")
+        return reference.forward(x, w)
+
+    found = replaced(monkeypatch, picky)
+    assert (found.outcome, found.layout) == ("right", "halves")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_gpu_kernels_pass_where_they_run(backend):
+    """Interpreted: the adapter's term, both directions, few rows; what is refused has a reason."""
+    mma_on_cpu.install()
+    name = "b200" if backend == "blackwell" else "h100"
+    products = [
+        self_test.Product(rows, (128, 192), direction, rank)
+        for rows, rank in ((16, 0), (16, 16))
+        for direction in ("forward", "backward")
+    ]
+    with interpreter(name, sms=1):
+        found = [self_test.check(backend, p, *self_test.inputs(p)) for p in products]
+    assert all(check.fine for check in found)
+    assert found[0].outcome == "right"
+    assert all(check.reason for check in found if check.outcome == "refused")
 
 
 def test_nvidia_smi_that_is_missing_or_answers(monkeypatch, tmp_path):
