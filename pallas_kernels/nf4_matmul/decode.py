@@ -114,8 +114,8 @@ def lookup_ptx(
     packed,
     table,
     dtype: DTypeLike,
-    source: plgpu.Layout,
-    target: plgpu.Layout,
+    source,
+    target,
     register_map: Callable[[tuple[int, ...]], list[tuple[int, ...]]],
 ):
     """packed (R, C) uint8 in layout `source` -> (R, 2C) of `dtype` in layout `target`.
