@@ -185,7 +185,7 @@ def read_kernel(resources: str, base: Path, result: str) -> Kernel:
     x, y, z, threads, shared = map(int, launch.groups())
     return Kernel(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spill_bytes=sum(map(int, SPILLS.search(report).groups())),
+        spill_bytes=spilled(report),
         shared_bytes=shared,
         blocks=x * y * z,
         threads=threads,
@@ -194,6 +194,11 @@ def read_kernel(resources: str, base: Path, result: str) -> Kernel:
         serialized="wgmma.mma_async instructions are serialized" in report,
         sass=base.with_suffix(".sass_ctrl").read_text(),
     )
+
+
+def spilled(report: str) -> int:
+    """Bytes that a thread stores and loads because registers ran out, by a report of ptxas."""
+    return sum(sum(map(int, pair)) for pair in SPILLS.findall(report))
 
 
 CALL = re.compile(r'@mosaic_gpu.*kernel_hash = "((?:[^"\\]|\\.)*)".*-> tensor<(\w+)>')

@@ -5,8 +5,8 @@
 
 The model is known by shape alone: no weight exists. A step is the gradients of one micro batch
 (train/step.py), which is where the memory goes; the optimizer's update is a page at a time. The
-exit code is 1 when the step takes more temporary memory than it may, or holds a whole weight in
-bfloat16 that is larger than one layer's largest matrix.
+exit code is 1 when the step takes more temporary memory than it may, holds a dense weight that is
+larger than one layer's largest matrix, or when one of its kernels spills.
 """
 
 import argparse
@@ -77,7 +77,10 @@ def compile_step(task: tuple[str, str, int, int]) -> tuple[dict, list[str]]:
     def step(params, model, batch):
         return gradients(params, model, batch, spec=spec, remat="full")
 
-    compiled = aot.lower(KNOWN[gpu], step, params, model, batch).compile()
+    with aot.dumped() as folder:
+        compiled = aot.lower(KNOWN[gpu], step, params, model, batch).compile()
+        kernels = aot.dumps(folder, ".ptxas")
+        spills = [size for path in kernels if (size := aot.spilled(path.read_text()))]
     memory = compiled.memory_analysis()
     entry = {
         "gpu": gpu,
@@ -89,7 +92,11 @@ def compile_step(task: tuple[str, str, int, int]) -> tuple[dict, list[str]]:
     }
     text = compiled.as_text()
     print(*largest_results(text, buffers), sep="\n", end="\n" if buffers else "")
-    return entry, [f"{gpu}: {line}" for line in dense_copies(text, config)]
+    failures = [f"{gpu}: a kernel of the step spills {size} bytes" for size in spills]
+    failures += [f"{gpu}: {line}" for line in dense_copies(text, config)]
+    if not kernels:
+        failures.append(f"{gpu}: no kernel of ours is in the step")
+    return entry, failures
 
 
 def empty_model(config: ModelConfig) -> Decoder:

@@ -20,7 +20,7 @@ TARGET = re.compile(r"\((\.L\w+)\)")
 # guide, throughput of native arithmetic instructions; PRMT, LOP3 and SHF at half is an assumption).
 HALF_RATE = frozenset(
     ("PRMT", "LOP3", "SHF", "SHL", "SHR", "LEA", "ISETP", "FSETP", "PLOP3", "FMNMX", "IMNMX")
-    + ("SEL", "FSEL", "IADD3", "I2F", "F2F", "F2FP")
+    + ("SEL", "FSEL", "IADD3", "VIADD", "VIMNMX", "VIADDMNMX", "I2F", "F2F", "F2FP")
 )
 MATRIX = frozenset(("HMMA", "IMMA", "QMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA"))
 # decode.py ends with one permute for every two weights that has one of these as an immediate.
