@@ -12,7 +12,7 @@ lane's eight k are not those that mma gives it, so x is read in the same order. 
 contraction runs down the rows of W: shared memory is read transposed, two rows at a time, and
 their codes are shuffled together before they are decoded.
 
-tests/pallas_kernels/test_fragments.py proves from Mosaic's layouts where each register lies.
+tests/pallas_kernels/test_layout.py proves from Mosaic's layouts where each register lies.
 """
 
 import jax.numpy as jnp
