@@ -15,8 +15,8 @@ LANES = 32
 def run(text: str, *inputs: np.ndarray, results: int) -> list[np.ndarray]:
     """Registers $0 to $results-1 after the text; the inputs (uint32 arrays) are the next ones."""
     registers = {
-        f"${results + i}": value.astype(np.uint64)
-        for i, value in enumerate(np.broadcast_arrays(*inputs))
+        f"${results + i}": array.astype(np.uint64)
+        for i, array in enumerate(np.broadcast_arrays(*inputs))
     }
     for instruction in text.strip().removeprefix("{").removesuffix("}").split(";"):
         name, _, rest = instruction.strip().partition(" ")
