@@ -54,7 +54,7 @@ def with_gradients(attend, args):
 def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
     form = Form(rows=4, by_products=by_products)
     monkeypatch.setattr(chunked_attention, "MOST_BANDS", 2)
-    monkeypatch.setattr(chunked_attention, "form_here", lambda n_heads, length: form)
+    monkeypatch.setattr(chunked_attention, "form_here", lambda length: form)
     args = case(length, packed)
     ours = with_gradients(chunked_attention.chunked_attention, args)
     autodiff = with_gradients(plain_attention, args)
@@ -79,19 +79,17 @@ def test_bands_cover_every_row_once(length, rows):
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 1024, 5000])
 def test_a_cpu_unrolls_every_block(length):
-    form = chunked_attention.form_here(9, length)
+    form = chunked_attention.form_here(length)
     found = bands(length, form.rows)
     assert form.by_products
     assert len(found) <= chunked_attention.MOST_BANDS
     assert all(b.stop - b.start == b.rows for b in found)
 
 
-@pytest.mark.parametrize(("heads", "length", "rows"), [(32, 2048, 128), (32, 8192, 32)])
-def test_a_gpu_scores_what_its_cache_holds(heads, length, rows):
+def test_a_gpu_has_blocks_of_its_own():
     with gpu.pretend(gpu.KNOWN["rtx4090"], interpret=False):
-        form = chunked_attention.form_here(heads, length)
-    assert form == Form(rows, by_products=False)
-    assert 4 * heads * rows * length <= gpu.KNOWN["rtx4090"].l2_bytes
+        form = chunked_attention.form_here(8192)
+    assert form == Form(chunked_attention.GPU_ROWS, by_products=False)
 
 
 def temporary_bytes(attend, length: int) -> int:
@@ -110,7 +108,7 @@ def temporary_bytes(attend, length: int) -> int:
 def test_scores_of_all_tokens_are_never_in_memory(monkeypatch, attend, few):
     length, heads = 2048, 4
     form = Form(rows=64, by_products=False)
-    monkeypatch.setattr(chunked_attention, "form_here", lambda n_heads, length: form)
+    monkeypatch.setattr(chunked_attention, "form_here", lambda length: form)
     assert (temporary_bytes(attend, length) < 4 * heads * length**2 / 4) == few
 
 
