@@ -165,7 +165,7 @@ def test_gpu_kernels_pass_where_they_run(backend):
     with interpreter(name, sms=1):
         found = [self_test.check(backend, p, *self_test.inputs(p)) for p in products]
     assert all(check.fine for check in found)
-    assert found[0].outcome == "right"
+    assert found[0].outcome == ("refused" if backend == "large_m" else "right")  # of 16 rows
     assert all(check.reason for check in found if check.outcome == "refused")
 
 
