@@ -107,7 +107,7 @@ def temporary_bytes(attend, length: int) -> int:
 )
 def test_scores_of_all_tokens_are_never_in_memory(monkeypatch, attend, few):
     length, heads = 2048, 4
-    form = Form(rows=64, by_products=False)
+    form = Form(rows=32, by_products=False)
     monkeypatch.setattr(chunked_attention, "form_here", lambda length: form)
     assert (temporary_bytes(attend, length) < 4 * heads * length**2 / 4) == few
 
