@@ -13,7 +13,7 @@ from pallas_kernels.nf4_matmul.weight import Weight, stored
 from pallas_kernels.quantize.api import DoubleQuantized
 
 # In the order in which they are asked.
-GPU_NAMES = "large_m", "hopper", "blackwell", "ampere", "dense"
+GPU_NAMES = "small_m", "large_m", "hopper", "blackwell", "ampere", "dense"
 GPU_BACKENDS = {name: OnGpu(name) for name in GPU_NAMES}
 BACKENDS = {**GPU_BACKENDS, "cpu": cpu, "reference": reference}
 FORWARD = tuple((name, module.forward) for name, module in BACKENDS.items())

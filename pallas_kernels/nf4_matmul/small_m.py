@@ -37,7 +37,7 @@ from pallas_kernels.nf4_matmul import decode
 from pallas_kernels.nf4_matmul import small_m_fragments as fragments
 from pallas_kernels.nf4_matmul.operands import STEP as BLOCK
 from pallas_kernels.nf4_matmul.operands import check
-from pallas_kernels.nf4_matmul.weight import Weight
+from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))
 MOST = 16  # rows of x
@@ -48,8 +48,10 @@ VECTOR = 4
 RESERVED = 2048  # bytes of shared memory a block that are not the ring's: barriers, CUDA's own
 
 
-def forward(x: Float[Array, "M in"], w: Weight) -> Float[Array, "M out"]:
-    """x W^T, for at most 16 rows."""
+def forward(
+    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
+) -> Float[Array, "M out"]:
+    """x W^T (+ h b), for at most 16 rows."""
     target = gpu.require(*CAPABILITIES)
     check(x, w)
     m, (n, k) = x.shape[0], w.shape
@@ -63,10 +65,14 @@ def forward(x: Float[Array, "M in"], w: Weight) -> Float[Array, "M out"]:
     scales = jnp.repeat(scales, w.block_size // BLOCK, axis=1)
     table = jnp.asarray(decode.table_words(w.kind, x.dtype))
     y = launch(plan, x.dtype, target.interpret)(x, w.codes.reshape(n, k // 2), scales, table)
-    return y[:m] if plan.whole else assemble(y, plan, m, x.dtype)
+    if not plan.whole:
+        return assemble(y, plan, m, x.dtype, low)
+    return y[:m] if low is None else y[:m] + jnp.dot(*low)
 
 
-def backward(dy: Float[Array, "M out"], w: Weight) -> Float[Array, "M in"]:
+def backward(
+    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
+) -> Float[Array, "M in"]:
     """Refused: `mma` takes neighbours along the contraction in pairs, and bytes hold columns."""
     raise Unsupported(
         "this kernel has no backward: weights of a column would have to be paired in registers"
@@ -149,13 +155,20 @@ def largest_divisor(n: int, most: int) -> int:
 
 
 def assemble(
-    sums: Float[Array, "splits tiles rows columns"], plan: Plan, m: int, dtype: DTypeLike
+    sums: Float[Array, "splits tiles rows columns"],
+    plan: Plan,
+    m: int,
+    dtype: DTypeLike,
+    low: LowRank | None,
 ) -> Float[Array, "m n"]:
-    """y from the sums of each split and tile; what the last tile has twice is dropped."""
+    """y from the sums of each split and tile (+ h b); what the last tile has twice is dropped."""
     total = functools.reduce(jnp.add, list(sums))
     if short := plan.n % plan.rows:
         total = jnp.concatenate([total[:-1].reshape(-1, plan.columns), total[-1, -short:]])
-    return total.reshape(plan.n, plan.columns).T[:m].astype(dtype)
+    y = total.reshape(plan.n, plan.columns).T[:m]
+    if low is not None:
+        y = y + jnp.dot(*low, preferred_element_type=jnp.float32)
+    return y.astype(dtype)
 
 
 def launch(plan: Plan, dtype: DTypeLike, interpret: bool):
