@@ -39,12 +39,16 @@ class Backend:
       rounds: where it rounds: `factors` (table and scale to 16 bits, then their product), `sums`
         (the table; the scale multiplies float32 sums), `weights` (table times scale once).
       shapes: (name, forward, backward); names say which corner they reach.
+      directions: those that it has.
+      fused: whether it is a Mosaic kernel, for the interpreter, and not XLA's own product.
     """
 
     name: str
     gpu: str
     rounds: str
     shapes: tuple[tuple[str, Shape, Shape], ...]
+    directions: tuple[str, ...] = DIRECTIONS
+    fused: bool = True
 
     @property
     def module(self) -> ModuleType:
@@ -71,10 +75,13 @@ MMA_TILES = (
     ("shared", Shape(70, 264, 640, sms=2), Shape(70, 320, 640, sms=2)),
     ("tall", Shape(140, 72, 320), Shape(140, 64, 320)),
 )
+MANY_ROWS = 4 * (("many rows", Shape(4096, 64, 128), Shape(4096, 128, 64)),)
 BACKENDS = (
     Backend("hopper", "h100", "factors", TILES),
     Backend("blackwell", "b200", "factors", TILES),
     Backend("ampere", "a100", "factors", MMA_TILES),
+    Backend("dense", "a100", "weights", TILES, fused=False),
+    Backend("large_m", "a100", "weights", MANY_ROWS, fused=False),
 )
 
 

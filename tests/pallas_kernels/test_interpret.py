@@ -10,14 +10,17 @@ import pytest
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
+from pallas_kernels.nf4_matmul.weight import LowRank
 from tests.pallas_kernels import kernels, mma_on_cpu
 from tests.pallas_kernels.interpreted import interpreter
+from tests.pallas_kernels.kernels import Shape
 from tests.tolerances import INTERPRETED_RTOL, ROUNDED_RTOL
 
 pytestmark = pytest.mark.slow
 mma_on_cpu.install()
 
 BACKENDS = [pytest.param(backend, id=backend.name) for backend in kernels.BACKENDS]
+KERNELS = [backend for backend in BACKENDS if backend.values[0].fused]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 # (kind, nested, dtype, block size, number of the shape): every pair of two columns' values, but for
@@ -47,10 +50,18 @@ def test_every_backend_is_under_test():
     assert {backend.name for backend in kernels.BACKENDS} == set(api.GPU_BACKENDS)
 
 
-@pytest.mark.parametrize("direction", kernels.DIRECTIONS)
-@pytest.mark.parametrize(("kind", "nested", "dtype", "block_size", "number"), CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_close_to_the_oracle(backend, kind, nested, dtype, block_size, number, direction):
+@pytest.mark.parametrize(
+    ("backend", "direction", "kind", "nested", "dtype", "block_size", "number"),
+    [
+        pytest.param(
+            backend, direction, *case, id="-".join(map(str, (backend.name, direction, *case)))
+        )
+        for backend in kernels.BACKENDS
+        for direction in backend.directions
+        for case in CASES
+    ],
+)
+def test_close_to_the_oracle(backend, direction, kind, nested, dtype, block_size, number):
     shape = backend.shape(number, direction)
     w = kernels.weight(shape, direction, kind, nested, block_size)
     x = kernels.rows(shape, DTYPES[dtype])
@@ -63,7 +74,7 @@ def test_close_to_the_oracle(backend, kind, nested, dtype, block_size, number, d
     assert kernels.error(y, as_rounded) < ROUNDED_RTOL[dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_one_wrong_block_is_an_error(backend):
     """The bound of the test above is tight enough to see 64 codes of a matrix exchanged."""
     shape = backend.shape(0, "forward")
@@ -90,14 +101,13 @@ def public(backend, w):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_are_those_of_the_reference(backend):
-    """By the public call, with leading axes, under jit; and the second call gives the same bits."""
+def test_the_public_call(backend):
+    """Leading axes, under jit; gradients are those of the reference; twice the same bits."""
     shape = backend.shape(0, "forward")
     w = kernels.weight(shape, "forward")
+    rng = np.random.default_rng(0)
     x, c = (
-        jnp.asarray(
-            np.random.default_rng(size).standard_normal((2, 1, shape.m // 2, size)), "bfloat16"
-        )
+        jnp.asarray(rng.standard_normal((2, 1, shape.m // 2, size)), jnp.bfloat16)
         for size in w.shape[::-1]
     )
 
@@ -106,22 +116,44 @@ def test_gradients_are_those_of_the_reference(backend):
             y = matmul(x)
             return (y.astype(jnp.float32) * c.astype(jnp.float32)).sum(), y
 
+        if "backward" not in backend.directions:
+            return jax.jit(lambda x: (matmul(x),))
         return jax.jit(jax.grad(loss, has_aux=True))
 
     ours = run(public(backend, w))
     with interpreter(backend.gpu, sms=shape.sms):
-        dx, y = ours(x)
+        found = ours(x)
         again = ours(x)
-    assert dx.dtype == y.dtype == x.dtype
     dense = reference.dense(w, jnp.float32)
-    want_dx, want = run(lambda x: x @ dense.T)(x.astype(jnp.float32))
-    assert kernels.error(y, np.asarray(want)) < INTERPRETED_RTOL["bfloat16"]
-    assert kernels.error(dx, np.asarray(want_dx)) < INTERPRETED_RTOL["bfloat16"]
-    np.testing.assert_array_equal(again[0], dx)
-    np.testing.assert_array_equal(again[1], y)
+    expected = run(lambda x: x @ dense.T)(x.astype(jnp.float32))
+    for one, same, exact in zip(found, again, expected, strict=True):
+        assert one.dtype == x.dtype
+        assert kernels.error(one, np.asarray(exact)) < INTERPRETED_RTOL["bfloat16"]
+        np.testing.assert_array_equal(same, one)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "direction"),
+    [
+        pytest.param(backend, direction, id=f"{backend.name}-{direction}")
+        for backend in kernels.BACKENDS
+        for direction in backend.directions
+    ],
+)
+@pytest.mark.parametrize(("number", "rank"), [(0, 80), (2, 5)])
+def test_with_a_low_rank_term(backend, direction, number, rank):
+    shape = backend.shape(number, direction)
+    w, x = kernels.weight(shape, direction), kernels.rows(shape, jnp.bfloat16)
+    h = kernels.rows(dataclasses.replace(shape, contraction=rank), jnp.bfloat16)
+    b = kernels.rows(Shape(rank, 0, shape.n), jnp.bfloat16)
+    with interpreter(backend.gpu, sms=shape.sms):
+        y = jax.jit(getattr(backend.module, direction))(x, w, LowRank(h, b))
+    exact = kernels.product(x, reference.dense(w, jnp.float32), direction)
+    exact += kernels.product(h, b, "backward")
+    assert kernels.error(y, exact) < INTERPRETED_RTOL["bfloat16"]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_batch_is_so_many_rows(backend):
     shape = backend.shape(1, "forward")
     w = kernels.weight(shape, "forward")
@@ -132,9 +164,9 @@ def test_a_batch_is_so_many_rows(backend):
     np.testing.assert_array_equal(batch.reshape(together.shape), together)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_batch_of_weights(backend):
-    shape = dataclasses.replace(backend.shape(1, "forward"), n=64)
+    shape = dataclasses.replace(backend.shape(0, "forward"), n=64, contraction=256)
     w = kernels.weight(shape, "forward")
     codes = jnp.stack([w.codes, w.codes[::-1]])
     x = kernels.rows(shape, jnp.bfloat16)
@@ -144,7 +176,7 @@ def test_a_batch_of_weights(backend):
     np.testing.assert_array_equal(batch, jnp.stack(one_by_one))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     ("change", "dtype", "reason"),
     [
@@ -164,6 +196,6 @@ def test_what_is_refused_and_why(backend, change, dtype, reason):
 def test_without_a_gpu_it_is_refused(backend):
     shape = backend.shape(0, "forward")
     w, x = kernels.weight(shape, "forward"), kernels.rows(shape, jnp.bfloat16)
-    for direction in kernels.DIRECTIONS:
+    for direction in backend.directions:
         with pytest.raises(Unsupported, match="the default device is a cpu, not a GPU"):
             getattr(backend.module, direction)(x, w)
