@@ -33,6 +33,21 @@ class BatchSource:
         return self.data.fingerprint if self.loader else ""
 
     @property
+    def packed(self) -> bool:
+        """Whether a row may hold several sequences, which only segment ids keep apart."""
+        return not self.loader or self.data.packing
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model has to know of a batch: no segment ids unless rows are packed.
+
+        Attention is causal and padding stands last, so no counted token sees any, with ids or
+        without; and without them a GPU may use kernels that take none (models/attention.py).
+        """
+        if self.packed:
+            return batch
+        return {name: values for name, values in batch.items() if name != "segment_ids"}
+
+    @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in an epoch, a shorter last one counted; None if unknown."""
         if self.loader:

@@ -16,6 +16,7 @@ from pallas_kernels.nf4_matmul.weight import Weight
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.models import Decoder
+from qlora_jax.models.attention import explain as explain_attention
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
     yield "remat", f"{trainer.remat} ({trainer.remat_reason})"
     yield "dtype", f"{model.dtype} activations, float32 adapter and optimizer"
     yield "backend", backend(model, config.batch_size * trainer.row_length)
+    if trainer.row_length:
+        yield "attention", attention(trainer)
 
 
 def described(model: Decoder) -> str:
@@ -120,6 +123,13 @@ def backend(model: Decoder, tokens: int) -> str:
     x = jax.ShapeDtypeStruct((max(tokens, 1), one.shape[1]), model.dtype)
     weight = Weight(one.codes, one.absmax, one.shape, one.kind, one.block_size, one.layout)
     return f"{jax.default_backend()}, nf4_matmul by {explain(x, weight)}"
+
+
+def attention(trainer: "Trainer") -> str:
+    """How attention is computed on the longest rows, and why not otherwise."""
+    model, rows = trainer.model, trainer.config.batch_size
+    packed = trainer.batches.packed
+    return str(explain_attention(model.config, rows, trainer.row_length, model.dtype, packed))
 
 
 def numbers(values: list[float]) -> str:

@@ -251,7 +251,7 @@ class Trainer:
             new = gradients(
                 state.params,
                 self.model,
-                batch,
+                self.batches.inputs(batch),
                 spec=spec,
                 dropout_key=key,
                 loss_scale=scale.value,

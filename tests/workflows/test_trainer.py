@@ -14,12 +14,15 @@ from qlora_jax.data.load import load_dataset
 from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.models import Decoder
 from qlora_jax.train.config import TrainConfig
+from qlora_jax.workflows.batches import BatchSource
+from qlora_jax.workflows.header import header
 from qlora_jax.workflows.signals import Stopped
 from qlora_jax.workflows.trainer import BAD_STEPS, Trainer
 from qlora_jax.workflows.training import open_run
 from tests.workflows.runs import (
     SETTINGS,
     assert_same,
+    assert_same_run,
     batches_of,
     quiet,
     rows_of,
@@ -287,3 +290,23 @@ def test_what_cannot_begin_is_refused(tmp_path, opened, batches):
         start(good, max_steps=1, eval_steps=5)
     with pytest.raises(InputError, match="no batch in a whole epoch"):
         start([], max_steps=1).fit()
+
+
+def test_rows_of_one_sequence_need_no_segment_ids(home, tmp_path, monkeypatch):
+    """Padding stands last and attention is causal: the same steps, bit for bit."""
+    plain = trainer(home, tmp_path / "without", max_steps=3, save_steps=3, packing=False)
+    assert "segment_ids" not in plain.batches.inputs(next(plain.batches.groups(0, 0))[0])
+    plain.fit()
+    monkeypatch.setattr(BatchSource, "inputs", lambda self, batch: batch)
+    trainer(home, tmp_path / "with", max_steps=3, save_steps=3, packing=False).fit()
+    assert_same_run(tmp_path / "without", tmp_path / "with", 3)
+
+
+def test_the_header_says_how_attention_is_computed(home, tmp_path):
+    lines = header(trainer(home, tmp_path / "run"))
+    assert lines[-1].startswith("attention  chunked (not cudnn: the default device is a cpu")
+
+
+def test_packed_rows_keep_their_segment_ids(home, tmp_path):
+    batches = trainer(home, tmp_path / "run").batches
+    assert "segment_ids" in batches.inputs(next(batches.groups(0, 0))[0])
