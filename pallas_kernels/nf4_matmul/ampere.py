@@ -9,9 +9,9 @@ multiplies. A step of the contraction is 64 wide:
     multiply  by x, 32 rows at a time, which every warp reads in full
 
 cp.async knows no bounds, so the last tile of rows, or columns, begins early enough to end with the
-result; what it shares with the tile before is computed twice. It also takes what
-it copies untiled for contiguous, whatever the strides: codes are tiled for that reason, and scales
-lie in memory as the kernel reads them.
+result; what it shares with the tile before is computed twice. And Mosaic takes what it copies
+untiled for contiguous, whatever the strides: x and codes are tiled also for that reason, and the
+scales of a step lie together in memory. The interpreter, which copies by TMA, sees neither.
 """
 
 import functools
@@ -83,8 +83,8 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
 
 def tile(gpu: Gpu, m: int) -> tuple[int, int]:
     """(rows, stages): as few tiles as ROWS allows, no taller than need be; what memory holds."""
-    tiles = pl.cdiv(m, ROWS)
-    rows = CHUNK * pl.cdiv(m, tiles * CHUNK)
+    m = max(m, 1)
+    rows = CHUNK * pl.cdiv(m, CHUNK * pl.cdiv(m, ROWS))
     stage = rows * STEP * 2 + COLUMNS * STEP // 2 + COLUMNS * 4
     return rows, min((gpu.shared_bytes_sm // BLOCKS - RESERVED) // stage, 4)
 
@@ -204,22 +204,23 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
 
 def in_specs(k: Kernel, first) -> list[plgpu.BlockSpec]:
     """Of a tile's x, codes and scales, for its steps from `first` on."""
+    x = spec((k.rows, STEP), lambda i: (0, first + i), tiled(k.dtype))
     if k.transposed:
         return [
-            spec((k.rows, STEP), lambda i: (0, first + i), 64, k.dtype),
-            spec((STEP, COLUMNS // 4), lambda i: (first + i, 0), 32, jnp.uint16),
+            x,
+            spec((STEP, COLUMNS // 4), lambda i: (first + i, 0), tiled(jnp.uint16)),
             spec((None, COLUMNS // STEP, STEP), lambda i: (first + i, 0, 0)),
         ]
     return [
-        spec((k.rows, STEP), lambda i: (0, first + i), 32, k.dtype),
-        spec((COLUMNS, STEP // 2), lambda i: (0, first + i), 32, jnp.uint8),
+        x,
+        spec((COLUMNS, STEP // 2), lambda i: (0, first + i), tiled(jnp.uint8)),
         spec((1, COLUMNS), lambda i: (first + i, 0)),
     ]
 
 
-def spec(shape, place, width: int | None = None, dtype=None) -> plgpu.BlockSpec:
-    """A copy in tiles of `width` columns, or of what lies together in memory."""
-    return plgpu.BlockSpec(shape, place, transforms=tiled(width, dtype) if width else ())
+def spec(shape, place, transforms=()) -> plgpu.BlockSpec:
+    """A copy in tiles, or else of what lies together in memory."""
+    return plgpu.BlockSpec(shape, place, transforms=transforms)
 
 
 def windows(k: Kernel, x_g, codes_g, scales_g, top, left) -> list:

@@ -29,6 +29,7 @@ from pallas_kernels.nf4_matmul import decode
 from pallas_kernels.nf4_matmul.operands import STEP
 
 COLUMNS = 128  # of a tile of the result
+TILE = 32  # elements of a row that lie together in shared memory
 
 Layout, Tiling = plgpu.Layout, plgpu.Tiling
 # The operands of mma; bfloat16 stands for both types of 16 bits.
@@ -71,12 +72,10 @@ def columns(transposed: bool) -> np.ndarray:
     return columns
 
 
-def tiled(width: int, dtype: DTypeLike) -> tuple:
-    """The transforms of shared memory in tiles of 8 rows of `width` elements, swizzled."""
-    return (
-        plgpu.TilingTransform((8, width)),
-        plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),
-    )
+def tiled(dtype: DTypeLike) -> tuple:
+    """The transforms of shared memory that is copied to and read without bank conflicts."""
+    width = jnp.dtype(dtype).itemsize * TILE
+    return plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(width)
 
 
 def inline(layouts, result, shape, dtype):
@@ -163,6 +162,7 @@ def read_w_jnp(codes, scales, table, dtype: DTypeLike, transposed: bool):
 
 
 def read_w_rows(codes_s, scales_s, table, dtype: DTypeLike):
+    """A register of codes is one row's: its four pairs go to two steps of mma, in their order."""
     codes = plgpu.load(codes_s, layout=ROW_CODES)
     scales = plgpu.load(scales_s.at[0], layout=ROW_SCALES).astype(dtype)
 
@@ -178,6 +178,7 @@ def read_w_rows(codes_s, scales_s, table, dtype: DTypeLike):
 
 
 def read_w_transposed(codes_s, scales_s, table, dtype: DTypeLike):
+    """Two registers of codes, of 4 columns and 2 rows each, are decoded as pairs of rows."""
     codes = plgpu.load(codes_s, layout=PAIR_CODES)
     scales = plgpu.load(scales_s, layout=PAIR_SCALES).astype(dtype)
 
