@@ -1,13 +1,29 @@
 """The public call: the loss of a frozen head by chunks of tokens, with its gradient in one pass."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK = 64  # tokens whose logits exist at one time: 64 x 49,152 float32 are 13 MB
-PIECE = 4096  # a product over a whole vocabulary runs at half speed on a CPU (docs/log.md)
+from pallas_kernels import gpu
+
+CPU_CHUNK = 64  # tokens whose logits exist at one time: 64 x 49,152 float32 are 13 MB
+CPU_PIECE = 4096  # a product over a whole vocabulary runs at half speed on a CPU (docs/log.md)
+LARGEST_CHUNK = 512  # for a GPU whose peaks are not known: enough for each in gpu.KNOWN
+
+
+class Sizes(NamedTuple):
+    """How much is computed at a time.
+
+    Attributes:
+      chunk: tokens whose logits exist at one time.
+      piece: rows of the head in one product of the gradient; None for all of them.
+    """
+
+    chunk: int
+    piece: int | None
 
 
 class CrossEntropy(NamedTuple):
@@ -61,17 +77,35 @@ def backward(dx, cotangents):
 chunked.defvjp(forward, backward)
 
 
+def sizes_here() -> Sizes:
+    """The sizes for this platform.
+
+    A GPU reads the head twice for each chunk, 4 V D bytes in 16 bits, and computes 4 V D flops a
+    token with it: `chunk` flops a byte. So the chunk is the least power of two that is more than
+    the flops that the GPU does while a byte comes from memory: 256 on A100, RTX 4090 and H200, 512
+    on H100 and B200. At 64 an H100 would wait for memory four fifths of the time.
+    """
+    target = gpu.here()
+    if target is None:
+        return Sizes(CPU_CHUNK, CPU_PIECE)
+    if not target.gpu.bandwidth:
+        return Sizes(LARGEST_CHUNK, None)
+    flops_a_byte = target.gpu.flops / target.gpu.bandwidth
+    return Sizes(min(1 << math.ceil(math.log2(flops_a_byte)), LARGEST_CHUNK), None)
+
+
 def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
     """The sums, and d loss / dx (T, D) when it is asked for, chunk after chunk."""
     tokens, width = x.shape
-    size = min(CHUNK, tokens)
+    chunk, piece = sizes_here()
+    size = min(chunk, tokens)
     count = -(-tokens // size)
     padding = count * size - tokens
     xs = jnp.pad(x, ((0, padding), (0, 0))).reshape(count, size, width)
     ys = jnp.pad(labels, (0, padding), constant_values=-100).reshape(count, size)
 
-    def one(chunk):
-        x, labels = chunk
+    def one(xy):
+        x, labels = xy
         counted = labels >= 0
         target = jnp.maximum(labels, 0)
         logits = jax.lax.dot_general(x, head, (((1,), (1,)), ((), ()))).astype(jnp.float32)
@@ -84,7 +118,7 @@ def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
         sums = CrossEntropy(loss, right)
         if not with_gradient:
             return sums, None
-        mean = weighted_rows((exps * (1 / total)).astype(x.dtype), head)
+        mean = weighted_rows((exps * (1 / total)).astype(x.dtype), head, piece)
         dx = mean - head[target].astype(jnp.float32)
         return sums, jnp.where(counted[:, None], dx, 0).astype(x.dtype)
 
@@ -93,13 +127,16 @@ def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
     return sums, None if dx is None else dx.reshape(-1, width)[:tokens]
 
 
-def weighted_rows(p: Float[Array, "T V"], head: Float[Array, "V D"]) -> Float[Array, "T D"]:
-    """p head in float32, in pieces of the vocabulary."""
+def weighted_rows(
+    p: Float[Array, "T V"], head: Float[Array, "V D"], piece: int | None
+) -> Float[Array, "T D"]:
+    """p head in float32, by pieces of the vocabulary."""
+    size = piece or head.shape[0]
     total = jnp.zeros((p.shape[0], head.shape[1]), jnp.float32)
-    for i in range(0, head.shape[0], PIECE):
+    for i in range(0, head.shape[0], size):
         total += jax.lax.dot_general(
-            p[:, i : i + PIECE],
-            head[i : i + PIECE],
+            p[:, i : i + size],
+            head[i : i + size],
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )

@@ -1,10 +1,14 @@
 """The chunked loss against all logits at once: values, gradients, uncounted labels, memory."""
 
+import dataclasses
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import gpu
 from pallas_kernels.cross_entropy import api, reference
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
@@ -17,9 +21,9 @@ def case(tokens: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 11])
-def test_equals_the_reference(monkeypatch, strict_promotion, tokens):
-    monkeypatch.setattr(api, "CHUNK", 4)
-    monkeypatch.setattr(api, "PIECE", 16)
+@pytest.mark.parametrize("piece", [16, None])
+def test_equals_the_reference(monkeypatch, strict_promotion, piece, tokens):
+    monkeypatch.setattr(api, "sizes_here", lambda: api.Sizes(4, piece))
     x, head, labels = case(tokens)
     loss, right = reference.cross_entropy(x, head, labels)
     ours = api.cross_entropy(x, head, labels)
@@ -41,16 +45,51 @@ def test_nothing_counted_is_zero():
     assert not dx.any()
 
 
-def test_logits_of_all_tokens_are_never_in_memory():
-    tokens, vocabulary = 2048, 16384
+def temporary_bytes(loss, tokens: int, vocabulary: int, gradient: bool) -> int:
     shapes = (
         jax.ShapeDtypeStruct((tokens, 8), jnp.float32),
         jax.ShapeDtypeStruct((vocabulary, 8), jnp.float32),
         jax.ShapeDtypeStruct((tokens,), jnp.int32),
     )
-    step = jax.jit(jax.grad(lambda x, head, labels: api.cross_entropy(x, head, labels).loss))
-    temporary = step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < tokens * vocabulary * 4 / 2
+
+    def first(x, head, labels):
+        return loss(x, head, labels)[0]
+
+    step = jax.jit(jax.grad(first) if gradient else first)
+    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "rtx4090"])
+@pytest.mark.parametrize(
+    ("loss", "few"), [(api.cross_entropy, True), (reference.cross_entropy, False)]
+)
+def test_logits_of_all_tokens_are_never_in_memory(loss, few, platform, gradient):
+    """The reference, which holds them, shows that the bound would catch it."""
+    tokens, vocabulary = 2048, 16384
+    here = gpu.pretend(gpu.KNOWN[platform], interpret=False) if platform != "cpu" else nullcontext()
+    with here:
+        temporary = temporary_bytes(loss, tokens, vocabulary, gradient)
+    assert (temporary < tokens * vocabulary * 4 / 2) == few
+
+
+def test_a_cpu_keeps_its_sizes():
+    assert api.sizes_here() == api.Sizes(64, 4096)
+
+
+@pytest.mark.parametrize("name", gpu.KNOWN)
+def test_a_gpu_computes_longer_than_it_reads(name):
+    known = gpu.KNOWN[name]
+    with gpu.pretend(known, interpret=False):
+        chunk, piece = api.sizes_here()
+    assert 1 <= chunk * known.bandwidth / known.flops < 2
+    assert piece is None
+
+
+def test_a_gpu_without_figures_gets_the_largest_chunk():
+    unknown = dataclasses.replace(gpu.KNOWN["h100"], name="new", bandwidth=0, flops=0)
+    with gpu.pretend(unknown, interpret=False):
+        assert api.sizes_here() == api.Sizes(512, None)
 
 
 def test_dtypes_must_agree():
