@@ -46,7 +46,7 @@ class Backend:
     name: str
     gpu: str
     rounds: str
-    shapes: tuple[tuple[str, Shape, Shape], ...]
+    shapes: tuple[tuple[str, Shape, Shape | None], ...]
     directions: tuple[str, ...] = DIRECTIONS
     fused: bool = True
 
@@ -75,8 +75,17 @@ MMA_TILES = (
     ("shared", Shape(70, 264, 640, sms=2), Shape(70, 320, 640, sms=2)),
     ("tall", Shape(140, 72, 320), Shape(140, 64, 320)),
 )
+# Steps are up to 512 wide, the ring has 4 slots, and a tile of W has 64 or, for over 8 rows, 128
+# rows. Only `long` is whole tiles, one block each; the contraction of `split` is cut unevenly.
+FEW_ROWS = (
+    ("long", Shape(8, 128, 2560), None),
+    ("one row", Shape(1, 200, 640), None),
+    ("split", Shape(16, 128, 1792, sms=2), None),
+    ("ragged", Shape(13, 264, 1344), None),
+)
 MANY_ROWS = 4 * (("many rows", Shape(4096, 64, 128), Shape(4096, 128, 64)),)
 BACKENDS = (
+    Backend("small_m", "a100", "sums", FEW_ROWS, directions=("forward",)),
     Backend("hopper", "h100", "factors", TILES),
     Backend("blackwell", "b200", "factors", TILES),
     Backend("ampere", "a100", "factors", MMA_TILES),

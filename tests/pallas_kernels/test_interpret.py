@@ -76,10 +76,12 @@ def test_close_to_the_oracle(backend, direction, kind, nested, dtype, block_size
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_one_wrong_block_is_an_error(backend):
-    """The bound of the test above is tight enough to see 64 codes of a matrix exchanged."""
+    """The bound of the test above is tight enough to see one block's codes in reverse."""
     shape = backend.shape(0, "forward")
     w = kernels.weight(shape, "forward")
-    spoiled = dataclasses.replace(w, codes=w.codes.at[3, 32:64].set(w.codes[3, :32]))
+    row, block = np.unravel_index(np.argmax(w.scales), w.scales.shape)
+    place = row, slice(32 * block, 32 * block + 32)
+    spoiled = dataclasses.replace(w, codes=w.codes.at[place].set(w.codes[place][::-1]))
     x = kernels.rows(shape, jnp.bfloat16)
     with interpreter(backend.gpu, sms=shape.sms):
         y = jax.jit(backend.module.forward)(x, spoiled)
@@ -155,7 +157,7 @@ def test_with_a_low_rank_term(backend, direction, number, rank):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_batch_is_so_many_rows(backend):
-    shape = backend.shape(1, "forward")
+    shape = backend.shape(2, "forward")
     w = kernels.weight(shape, "forward")
     x = kernels.rows(shape, jnp.bfloat16)
     with interpreter(backend.gpu, sms=shape.sms):
