@@ -6,7 +6,14 @@ mistakes that it is trusted to see.
 
 import pytest
 
-from tests.pallas_kernels import ampere_bugs, blackwell_bugs, hopper_bugs, kernels, mma_on_cpu
+from tests.pallas_kernels import (
+    ampere_bugs,
+    blackwell_bugs,
+    hopper_bugs,
+    kernels,
+    mma_on_cpu,
+    small_m_bugs,
+)
 from tests.pallas_kernels.planted import planted, verdict
 
 pytestmark = pytest.mark.slow
@@ -17,6 +24,7 @@ PLANTED = {
     "hopper": hopper_bugs.BUGS,
     "blackwell": blackwell_bugs.BUGS,
     "ampere": ampere_bugs.BUGS,
+    "small_m": small_m_bugs.BUGS,
 }
 BUGS = [(name, bug) for name, bugs in PLANTED.items() for bug in bugs]
 CASES = {(name, bug.shape, bug.direction, bug.rank): bug for name, bug in BUGS}
