@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.nf4_matmul import decode, fragments
+from pallas_kernels.nf4_matmul import decode, fragments, small_m_fragments
 from tests.pallas_kernels import warpgroup
 from tests.pallas_kernels.planted import Bug, built
 from tests.pallas_kernels.warpgroup import Ref, places, spread
@@ -152,3 +152,44 @@ def test_a_wrong_map_of_the_ampere_kernel_fails(transposed, old, new):
     bug = Bug("a wrong map", old, new, ("numbers",), "fragments")
     y, exact = ampere(jnp.bfloat16, transposed, built(fragments, bug))
     assert not np.abs(y - exact).max() < 100 * REORDERED_SUM_ATOL  # NaN too
+
+
+def few_rows(dtype, module, rows=128, columns=16):
+    """y^T (rows, columns) out of registers, and what it should be: one block of 64, scaled."""
+    codes, x = random(np.uint8, rows, 32), random(dtype, columns, 64)
+    scales = random(np.float32, rows, 4)
+    words, in_lanes = table(dtype)
+    with warpgroup.on(decode, module):
+        codes_in_lanes = spread(codes, module.CODES)
+        w = module.left(codes_in_lanes, in_lanes, dtype, interpret=False).gathered()
+        right = module.right(spread(x, module.X), interpret=False).gathered()
+        in_lanes = spread(scales, module.scales_layout(4))
+        scale = module.columns(in_lanes, interpret=False)[2].gathered()
+        sums = w.astype(np.float32) @ right.astype(np.float32) * scale[:, None]
+        y = module.singles(spread(sums, module.SUMS), interpret=False).gathered()
+    twin = np.asarray(decode.lookup_jnp(jnp.asarray(codes), words, dtype)).astype(np.float32)
+    return y, twin @ x.astype(np.float32).T * scales[:, 2:3]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 8), (64, 16), (128, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_of_few_rows_multiplies_the_right_pairs(dtype, rows, columns):
+    y, exact = few_rows(dtype, built(small_m_fragments), rows, columns)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=REORDERED_SUM_ATOL)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(tile, 2 * chunk + h, inner, i, *rest)", "(tile, 2 * chunk + i, inner, h, *rest)"),
+        ("(2 * chunk + h, rows, i, *rest, 0, 0)", "(2 * chunk + i, rows, h, *rest, 0, 0)"),
+        ("slice(2 * i, 2 * i + 2)", "slice(6 - 2 * i, 8 - 2 * i)"),
+        ("slice(block, block + 1)", "slice(block ^ 1, (block ^ 1) + 1)"),
+        ("yield (tile, 0, half, 0, 0)", "yield (tile, 0, 1 - half, 0, 0)"),
+        ("yield (*register[:-1], i, 0)", "yield (*register[:-1], 1 - i, 0)"),
+    ],
+)
+def test_a_wrong_map_of_the_kernel_of_few_rows_fails(old, new):
+    bug = Bug("a wrong map", old, new, ("numbers",), "small_m_fragments")
+    y, exact = few_rows(jnp.bfloat16, built(small_m_fragments, bug))
+    assert not np.abs(y - exact).max() < 100 * REORDERED_SUM_ATOL
