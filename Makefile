@@ -1,5 +1,6 @@
 # make demo           fine-tune a real 135M model on this machine, about five minutes
 # make test           lint and every test that needs no GPU
+# make test-oldest    the kernels' tests on the oldest jax that we take
 # make compile-gpu    compile every kernel and whole training steps for GPUs that are not there
 # Each sets up an environment of its own first; the second time that costs nothing.
 
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast lint format compile-gpu compile-gpu-subset
+.PHONY: setup demo test test-fast test-oldest lint format compile-gpu compile-gpu-subset
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -62,3 +63,20 @@ compile-gpu: $(GPU_STAMP)
 compile-gpu-subset: $(GPU_STAMP)
 	@$(GPU_VENV)/bin/python -m benchmarks.compile_gpu --subset
 	@$(GPU_VENV)/bin/python -m benchmarks.compile_steps --subset
+
+# The oldest jax that pyproject.toml names, and only what the tests of pallas_kernels need.
+OLDEST_VENV := .venv-oldest
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
+OLDEST_JAX := $(shell sed -n 's/^  "jax>=\(.*\)",$$/jax==\1/p' pyproject.toml)
+
+$(OLDEST_STAMP): pyproject.toml
+	@$(OLDEST_VENV)/bin/python -m pip --version >/dev/null 2>&1 || \
+	  { python=$$(.ci/find-python) && "$$python" -m venv --clear $(OLDEST_VENV); }
+	@echo "Installing $(OLDEST_JAX) into $(OLDEST_VENV) (once)"
+	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  '$(OLDEST_JAX)' jaxtyping beartype pytest hypothesis
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP)
+	@$(OLDEST_VENV)/bin/python -m pytest --quiet $(addprefix tests/pallas_kernels/test_, \
+	  interpret.py race.py ptx.py layout.py)
