@@ -1,21 +1,23 @@
 """nf4_matmul for at most 16 rows of x, as in decoding: weights go from codes straight into `mma`.
 
-y^T = W x^T: 64 rows of W are the left operand, decoded in the registers where `mma` wants them,
-and the few rows of x the right one. Nothing dense is written, not even to shared memory:
+y^T = W x^T: rows of W are the left operand, decoded in the registers where `mma` wants them, and
+the few rows of x the right one. Nothing dense is written, not even to shared memory:
 
-    ring of stages   codes (64, 256 bytes), x (8 or 16, 512)        copied ahead: a step
-    registers        scales (64, 8)                                 loaded one step ahead
+    ring of stages   codes (64, 256 bytes), x (8, 512)         copied ahead: a step. From 9 rows of
+                     or (128, 128 bytes), (16, 256)            x on, twice the rows of W share one x
+    registers        scales (rows, 8 or 4)                     loaded one step ahead
                      4 bytes of codes -> 8 weights -> two k16 steps of mma
                      y^T += the float32 sum of a block of 64 * its float32 scale
 
 The scale multiplies the sum, so it is not rounded, and there are 4 times fewer products. All is
-read as it is stored: XLA copies nothing but x when it has not 8 or 16 rows.
+read as it is stored: XLA copies nothing but x, when it has not 8 or 16 rows.
 
 The contraction is split among blocks (split-K) until each SM has two at work. Their sums are
 written in float32 and added by XLA in order: the same bits every time. A single split writes y.
 
-Double-quantized scales are expanded by XLA before: their 256 values would have to be looked up in
-shared memory, four bank conflicts a look-up, by blocks of which two or more share every scale.
+Double-quantized scales are expanded by XLA, once a call. Here their 256 values would be gathered
+from shared memory, 5 instructions a scale, 0.3 a weight beside the 3.5 of all else. To decode many
+tokens, call `expand_scales` once before: float32 scales cost 1/16 byte a weight.
 """
 
 import dataclasses
@@ -37,14 +39,15 @@ from pallas_kernels.nf4_matmul import decode
 from pallas_kernels.nf4_matmul import small_m_fragments as fragments
 from pallas_kernels.nf4_matmul.operands import STEP as BLOCK
 from pallas_kernels.nf4_matmul.operands import check
+from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))
+CAPABILITIES = (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)
 MOST = 16  # rows of x
 ROWS = 64  # of W, a tile, or twice that
-STEP_WEIGHTS = 64 * 512  # of a tile and step
-MOST_STAGES = 4
-VECTOR = 4
+STEP_WEIGHTS = 64 * 512  # of a tile, in a step
+X_COLUMNS = 128  # cp.async wants a multiple, for 8 rows of x: 16 bytes for each of 128 threads
+VECTOR = 4  # scales that a lane loads at a time
 RESERVED = 2048  # bytes of shared memory a block that are not the ring's: barriers, CUDA's own
 
 
@@ -59,15 +62,13 @@ def forward(
         raise Unsupported(f"x has {m} rows; this kernel takes at most {MOST}")
     if n < ROWS:
         raise Unsupported(f"W is {w.shape}: a tile is {ROWS} rows of W")
-    x = jnp.pad(x, ((0, -m % 8), (0, 0)))
-    plan = share(n, k, x.shape[0], target.gpu)
+    plan = share(m, n, k, target.gpu, alone=low is None)
+    x = jnp.pad(x, ((0, plan.columns - m), (0, 0)))
     scales = expand_scales(w.scales).reshape(n, k // w.block_size)
     scales = jnp.repeat(scales, w.block_size // BLOCK, axis=1)
     table = jnp.asarray(decode.table_words(w.kind, x.dtype))
     y = launch(plan, x.dtype, target.interpret)(x, w.codes.reshape(n, k // 2), scales, table)
-    if not plan.whole:
-        return assemble(y, plan, m, x.dtype, low)
-    return y[:m] if low is None else y[:m] + jnp.dot(*low)
+    return y[:m] if plan.whole else assemble(y, plan, m, x.dtype, low)
 
 
 def backward(
@@ -85,13 +86,14 @@ class Plan:
 
     Attributes:
       n: rows of W.
-      columns: rows of x, 8 or 16.
+      columns: rows of x, padded to 8 or 16.
       rows: of W, a tile.
       tiles: of rows of W; the last overlaps the one before if n is no multiple.
       splits: of the contraction.
       steps: of the contraction, in all.
       step: weights along the contraction in a step.
       stages: steps that the ring holds.
+      whole: whether a tile is one block's, and y is written at once.
     """
 
     n: int
@@ -102,11 +104,7 @@ class Plan:
     steps: int
     step: int
     stages: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether a tile is one block's, and y is written at once."""
-        return self.splits == 1 and self.n % self.rows == 0
+    whole: bool
 
     @property
     def width(self) -> int:
@@ -123,15 +121,17 @@ class Plan:
         return (split * self.steps + self.splits - 1) // self.splits
 
 
-def share(n: int, k: int, columns: int, target: gpu.Gpu) -> Plan:
+def share(m: int, n: int, k: int, target: gpu.Gpu, *, alone: bool) -> Plan:
     """The plan that keeps the busiest SM busy for the shortest time, in steps of a block.
 
     A wave of blocks waits for its first step, about as long as a step takes. A block alone on an
     SM waits for each of its own instructions, and is taken to reach two thirds of the speed. A
     split costs its sums, which are written and read again. None of this was measured.
     """
+    columns = 8 if m <= 8 and k % X_COLUMNS == 0 else 16
     rows = ROWS if columns == 8 or n < 2 * ROWS else 2 * ROWS
-    step = BLOCK * largest_divisor(k // BLOCK, STEP_WEIGHTS // rows // BLOCK)
+    unit = X_COLUMNS if columns == 8 else BLOCK
+    step = unit * largest_divisor(k // unit, STEP_WEIGHTS // rows // unit)
     stage = rows * step // 2 + columns * step * 2
     stages, resident = (target.shared_bytes_sm // 2 - RESERVED) // stage, 2
     if stages < 2:
@@ -146,7 +146,9 @@ def share(n: int, k: int, columns: int, target: gpu.Gpu) -> Plan:
         return busiest + waves + sums / (stage * target.sms)
 
     splits = min(range(1, steps + 1), key=cost)
-    return Plan(n, columns, rows, tiles, splits, steps, step, 4 if stages >= 4 else 2)
+    whole = alone and splits == 1 and n % rows == 0
+    # The slot of a step is cheap to find when their number is a power of two.
+    return Plan(n, columns, rows, tiles, splits, steps, step, 4 if stages >= 4 else 2, whole)
 
 
 def largest_divisor(n: int, most: int) -> int:
@@ -174,7 +176,7 @@ def assemble(
 def launch(plan: Plan, dtype: DTypeLike, interpret: bool):
     """The kernel as a function of (x, codes, scales, table).
 
-    It gives y (columns, n) when the plan is whole, else float32 sums (splits, tiles, 64, columns).
+    It gives y (columns, n) when the plan is whole, else float32 (splits, tiles, rows, columns).
     """
     y = jax.ShapeDtypeStruct((plan.columns, plan.n), dtype)
     sums = jax.ShapeDtypeStruct((plan.splits, plan.tiles, plan.rows, plan.columns), jnp.float32)
@@ -198,7 +200,6 @@ def body(plan: Plan, interpret: bool, x_g, codes_g, scales_g, table_g, y_g):
     first = end - plan.most
     uneven = plan.steps % plan.splits
     blocks = plan.step // BLOCK
-
     some = math.gcd(blocks, VECTOR)
 
     def load_scales(step, start):
@@ -230,6 +231,7 @@ def body(plan: Plan, interpret: bool, x_g, codes_g, scales_g, table_g, y_g):
                 )
                 scale = lax.broadcast_in_dim(scale, sums.shape, [0])
                 acc = acc + sums * plgpu.layout_cast(scale, fragments.SUMS)
+            # Here the registers of the old scales are free: loaded earlier, they would be moved.
             scales[i // some] = load_scales(ahead, i)
         if interpret:
             plgpu.commit_smem()
@@ -243,13 +245,14 @@ def body(plan: Plan, interpret: bool, x_g, codes_g, scales_g, table_g, y_g):
         init_carry=(nothing(), first_scales()),
     )(codes_g, x_g)
     if plan.whole:
-        plgpu.store(y_g.at[:, rows].T, acc.astype(dtype), optimized=False)
+        y = fragments.singles(acc.astype(dtype), interpret=interpret)
+        store(y_g.at[:, rows].T, y, optimized=False)
     else:
-        plgpu.store(y_g.at[split, tile], acc, optimized=False)
+        store(y_g.at[split, tile], acc, optimized=False)
 
 
 def blocks_of(codes_s, width: int):
-    """The codes (64, 32) of one block of 64 after the other; loads are of whole tiles."""
+    """The codes (rows, 32) of one block of 64 after the other; loads are of whole tiles."""
     for start in range(0, codes_s.shape[1], width):
         tile = plgpu.load(codes_s.at[:, pl.ds(start, width)], layout=fragments.CODES)
         for column in range(0, width, BLOCK // 2):
@@ -257,7 +260,10 @@ def blocks_of(codes_s, width: int):
 
 
 def in_specs(plan: Plan, row, first) -> list[plgpu.BlockSpec]:
-    """Of codes and x, from step `first` on."""
+    """Of codes and x, from step `first` on.
+
+    Tiled, both: below capability 9.0 a copy without tiles takes rows for contiguous.
+    """
     return [
         plgpu.BlockSpec(
             (pl.Element(plan.rows), plan.step // 2),

@@ -26,6 +26,13 @@ LEFT = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)  # W (rows, k), 16 of each 
 RIGHT = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=4)  # x^T (k, columns), in every warp
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=4)  # y^T (rows, columns)
 PER_ROW = SUMS.reduce(1)  # (rows,)
+# SUMS with one element a register, so that it may be stored transposed.
+SINGLES = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,))),
+    warp_dims=(-8,),
+    lane_dims=(-4, -3),
+    vector_dim=-1,
+)
 
 # Codes, 16 rows and 16 bytes a warp: a lane holds 4 neighbouring bytes.
 CODES = plgpu.Layout.WGMMA_8BIT
@@ -98,6 +105,20 @@ def columns(scales, *, interpret: bool) -> list[jax.Array]:
         [result] * blocks,
         lambda registers: [one(registers, block) for block in range(blocks)],
     )(scales)
+
+
+def singles(y, *, interpret: bool):
+    """y^T (rows, columns) from SUMS into SINGLES."""
+    if interpret:
+        return y
+
+    def each(registers):
+        for register, pair in np.ndenumerate(registers):
+            for i in range(2):
+                yield (*register[:-1], i, 0), mgpu.utils.vector_slice(pair, slice(i, i + 1))
+
+    result = plgpu.ShapeDtypeStruct(y.shape, y.dtype, layout=SINGLES)
+    return relabelled(SUMS, [result], lambda registers: [each(registers)])(y)[0]
 
 
 def relabelled(source, results: list, fill: Callable):
