@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.codebooks import DYNAMIC_SIGNED, Kind, midpoints, sorted_codes
+from pallas_kernels.quantize.division import divide, reciprocal
 
 TINY = np.finfo(np.float32).tiny  # a smaller divisor is a zero where denormals are flushed
 HUGE = np.float32(2**125)  # and the reciprocal of a larger one is denormal
@@ -60,8 +61,8 @@ def nearest_codes(
     if kind == "int4":
         return int4_code_of(blocks.astype(jnp.float32), absmax[..., None]), absmax
     shrink = jnp.where(absmax > HUGE, np.float32(2**-8), np.float32(1))
-    reciprocal = 1 / jnp.maximum(absmax * shrink, TINY)
-    scaled = blocks.astype(jnp.float32) * shrink[..., None] * reciprocal[..., None]
+    inverse = reciprocal(jnp.maximum(absmax * shrink, TINY))
+    scaled = blocks.astype(jnp.float32) * shrink[..., None] * inverse[..., None]
     return code_of(scaled, kind), absmax
 
 
@@ -76,7 +77,7 @@ def nearest_codes_short(
         return int4_code_of(x, absmax), absmax
     # A divisor that is seen to be one number would become a product with its reciprocal.
     divisor = jnp.broadcast_to(jnp.maximum(absmax, TINY), x.shape)
-    return code_of(x / jax.lax.optimization_barrier(divisor), kind), absmax
+    return code_of(divide(x, jax.lax.optimization_barrier(divisor)), kind), absmax
 
 
 def code_of(scaled: Float32[Array, "*shape"], kind: Kind) -> UInt8[Array, "*shape"]:
@@ -117,8 +118,8 @@ def int4_code_of(
     # would make a product with the rounded reciprocal. So each weight has a divisor of its own, in
     # a register; behind an optimization_barrier it would be an array as large as x.
     seven = 7 + 0 * absmax
-    unit = jnp.maximum(absmax / seven, TINY) + 0 * x
-    level = jnp.clip(jnp.round(x / unit), -7, 7)
+    unit = jnp.maximum(divide(absmax, seven), TINY) + 0 * x
+    level = jnp.clip(jnp.round(divide(x, unit)), -7, 7)
     return jnp.where(level < 0, 8 - level, 7 - level).astype(jnp.uint8)
 
 
@@ -132,14 +133,16 @@ def double_quantize(absmax: Float32[Array, "*blocks"]) -> DoubleQuantized:
     """Codes, nested scales and offset of the scales of one matrix."""
     flat = absmax.reshape(-1)
     # Powers of two change no bit, and keep the sum and the reciprocals of huge scales in range.
-    shrink = jnp.where(flat.max(initial=0) > 2.0**96, np.float32(2**-30), np.float32(1))
-    offset = mean(flat * shrink) / shrink
+    huge = flat.max(initial=0) > 2.0**96
+    shrink = jnp.where(huge, np.float32(2**-30), np.float32(1))
+    grow = jnp.where(huge, np.float32(2**30), np.float32(1))
+    offset = mean(flat * shrink) * grow
     nested_count = -(-flat.size // NESTED_BLOCK)
     centred = jnp.pad(flat - offset, (0, nested_count * NESTED_BLOCK - flat.size))
     centred = centred.reshape(nested_count, NESTED_BLOCK)
     nested = jnp.abs(centred).max(axis=-1)
-    reciprocal = 1 / jnp.maximum(nested * shrink, TINY)
-    scaled = centred * shrink * reciprocal[:, None]
+    inverse = reciprocal(jnp.maximum(nested * shrink, TINY))
+    scaled = centred * shrink * inverse[:, None]
     codes = jnp.where((nested > 0)[:, None], dynamic_code_of(scaled), np.uint8(0))
     return DoubleQuantized(codes.reshape(-1)[: flat.size].reshape(absmax.shape), nested, offset)
 
@@ -164,7 +167,7 @@ def mean(x: Float32[Array, " n"]) -> Float32[Array, ""]:
     lanes = in_order(jnp.concatenate([lanes[:1], rows[4 * len(turns) :], lanes[1:]]))
     total = in_order(jnp.concatenate([x[rows.size :], lanes]))
     # A constant divisor would become a product with its rounded reciprocal.
-    return total / jax.lax.optimization_barrier(jnp.float32(max(x.size, 1)))
+    return divide(total, jax.lax.optimization_barrier(jnp.float32(max(x.size, 1))))
 
 
 def cascade(x: Float32[Array, "n *lanes"]) -> Float32[Array, "*lanes"]:

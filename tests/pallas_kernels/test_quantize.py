@@ -91,6 +91,24 @@ def test_an_int4_tie_takes_the_even_number():
     np.testing.assert_array_equal(dense, np.round(w))
 
 
+def test_int4_divides_by_its_unit():
+    """Beside the ties a product with the unit's reciprocal would give other codes."""
+    rng = np.random.default_rng(0)
+    absmax = np.exp(rng.uniform(-3, 3, (500, 1))).astype(np.float32)
+    unit = absmax / np.float32(7)
+    ties = (rng.integers(-7, 7, (500, 63)) + np.float32(0.5)) * unit
+    w = np.concatenate([absmax, np.nextafter(ties, np.float32(9))], axis=1).astype(np.float32)
+
+    def code_of(quotient):
+        level = np.clip(np.round(quotient), -7, 7)
+        return np.where(level < 0, 8 - level, 7 - level)
+
+    expected = code_of(w / unit)
+    assert (expected != code_of(w * (1 / unit))).any()
+    codes, _ = quantize_4bit(w, kind="int4")
+    np.testing.assert_array_equal(np.stack([codes >> 4, codes & 15], -1).reshape(w.shape), expected)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_tie_takes_the_smaller_value(kind):
     w = np.ones((1, 32), np.float32)
