@@ -5,6 +5,8 @@ mistakes that it is trusted to see.
 """
 
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.pallas_kernels import (
     ampere_bugs,
@@ -14,6 +16,7 @@ from tests.pallas_kernels import (
     mma_on_cpu,
     small_m_bugs,
 )
+from tests.pallas_kernels.interpreted import interpreter
 from tests.pallas_kernels.planted import planted, verdict
 
 pytestmark = pytest.mark.slow
@@ -46,3 +49,13 @@ def test_unbroken_kernels_pass(case):
 def test_bugs_enough():
     assert len(BUGS) >= 15
     assert set(PLANTED) == {name for name, backend in BACKENDS.items() if backend.fused}
+
+
+def test_the_stricter_interpreter_is_left_behind():
+    """When a kernel fails too: other tests get jax's own."""
+    own = gpu_callbacks.wgmma, gpu_callbacks.wait_smem_to_gmem, plgpu.wgmma_wait
+    with pytest.raises(RuntimeError, match="a kernel failed"), interpreter("h100", sms=1):
+        assert gpu_callbacks.wgmma is not own[0]
+        assert plgpu.wgmma_wait is not own[2]
+        raise RuntimeError("a kernel failed")
+    assert (gpu_callbacks.wgmma, gpu_callbacks.wait_smem_to_gmem, plgpu.wgmma_wait) == own
