@@ -64,13 +64,16 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
     n, contraction = (width, out) if transposed else (out, width)
     if contraction % STEP:
         raise Unsupported(f"W is {w.shape}: dy W takes {STEP} rows of W at a time, to the last")
+    tma = target.gpu.capability >= (9, 0)
+    if tma and transposed and n > COLUMNS and n % COLUMNS:
+        raise Unsupported(f"W is {w.shape}: copies by TMA want `in` in whole tiles of {COLUMNS}")
     rows, stages = tile(target.gpu, m)
-    shape = max(m, rows), max(n, COLUMNS)
+    shape = max(m + (-m % 8 if tma else 0), rows), max(n, COLUMNS)
     tiles = pl.cdiv(shape[0], rows), pl.cdiv(shape[1], COLUMNS)
     work = share(*tiles, contraction // STEP, target.gpu.sms * BLOCKS)
     rank = 0 if low is None or not work.whole else low.h.shape[1] + -low.h.shape[1] % RANKS
     k = Kernel(work, rows, stages, shape, x.dtype, rank, transposed, target.interpret)
-    x = at_least(x, rows, 0)
+    x = at_least(x, shape[0], 0)
     extra = low_rank_operands(k, low) if rank else ()
     y = launch(k)(x, *w_operands(k, w), *extra)
     if not work.whole:
@@ -109,7 +112,7 @@ def low_rank_operands(k: Kernel, low: LowRank):
 
     They lie as the fragments of W and x do, so that they can be added to the same accumulator.
     """
-    h, b = pad(at_least(low.h, k.rows, 0), 1, RANKS), pad(at_least(low.b, 0, COLUMNS), RANKS, 1)
+    h, b = pad(at_least(low.h, k.shape[0], 0), 1, RANKS), pad(at_least(low.b, 0, COLUMNS), RANKS, 1)
     first = [min(COLUMNS * column, k.shape[1] - COLUMNS) for column in range(k.work.columns)]
     order = np.arange(COLUMNS) if k.interpret else fragments.columns(k.transposed)
     return h, b.T[np.add.outer(first, order).reshape(-1)]

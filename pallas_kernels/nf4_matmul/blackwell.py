@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
+from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import decode, mosaic
 from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
@@ -62,6 +63,8 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
     target = gpu.require((10, 0), (10, 3))
     check(x, w)
     m, (out, width) = x.shape[0], w.shape
+    if not m:
+        raise Unsupported("x has no rows")
     n, contraction = (width, out) if transposed else (out, width)
     rows = next((rows for rows in STAGES if m <= rows), max(STAGES))
     tiles = pl.cdiv(m, rows), pl.cdiv(n, COLUMNS)
@@ -116,6 +119,7 @@ def launch(k: Kernel):
             "decoded": plgpu.Barrier(
                 num_barriers=W_SLOTS, num_arrivals=DECODERS, orders_tensor_core=True
             ),
+            "b_came": plgpu.Barrier(num_barriers=DECODERS),
             "freed": ring(orders_tensor_core=True),
             "done": plgpu.Barrier(orders_tensor_core=True),
         },
@@ -138,6 +142,7 @@ def body(
     x_came,
     codes_came,
     decoded,
+    b_came,
     freed,
     done,
 ):
@@ -254,7 +259,10 @@ def body(
             at = of_w(column, i)
             source = window(low_g[1], (DECODERS * at[0] + group, at[1]), (rows, w_s.shape[2]))
             half_w = w_s.at[target, pl.ds(group * rows, rows)]
-            plgpu.copy_gmem_to_smem(source, half_w, decoded.at[target])
+            # Not onto `decoded` itself: jax 0.11 has all threads arrive where tensor cores wait.
+            plgpu.copy_gmem_to_smem(source, half_w, b_came.at[group])
+            plgpu.barrier_wait(b_came.at[group])
+            plgpu.barrier_arrive(decoded.at[target])
 
         row, column = place(tile)
         each_step(0, steps, step)

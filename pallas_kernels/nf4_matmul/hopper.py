@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
+from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import decode, mosaic
 from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
@@ -54,6 +55,8 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
     target = gpu.require((9, 0))
     check(x, w)
     m, (out, width) = x.shape[0], w.shape
+    if not m:
+        raise Unsupported("x has no rows")
     n, contraction = (width, out) if transposed else (out, width)
     rows, stages = (256, 3) if m > 128 else (128, 5)
     tiles = pl.cdiv(m, rows), pl.cdiv(n, COLUMNS)

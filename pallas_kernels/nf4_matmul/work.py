@@ -55,7 +55,8 @@ class Work:
 
     def begin(self, block):
         """The first step, on the line of all steps, of a block (an int, or traced int32)."""
-        return block * (self.tiles * self.steps) // self.blocks
+        each, rest = divmod(self.tiles * self.steps, self.blocks)
+        return block * each + block * rest // self.blocks  # as one product it could pass 2^31
 
     def parts(self, block):
         """(first, number): of the tiles that a block works on."""
