@@ -1,22 +1,50 @@
 """The public calls: codes and scales back to a matrix, and double-quantized scales to float32."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.backends import dispatch
+from pallas_kernels import gpu
+from pallas_kernels.backends import Unsupported, dispatch
 from pallas_kernels.codebooks import Kind
 from pallas_kernels.dequantize import reference
 from pallas_kernels.quantize.api import check
 from pallas_kernels.quantize.reference import DoubleQuantized
 
-BACKENDS = (("reference", reference.dequantize_4bit),)
+STATIC = "shape", "kind", "block_size", "dtype", "backend"
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "kind", "block_size", "dtype", "backend"))
+def by_mosaic(codes: UInt8[Array, "*bytes"], absmax: Float32[Array, "*blocks"], **static):
+    """The GPU kernel's answer; the kernel is imported, in 0.3 s, only where there is a GPU."""
+    if gpu.here() is None:
+        raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
+    from pallas_kernels.dequantize import mosaic
+
+    return mosaic.dequantize_4bit(codes, absmax, **static)
+
+
+BACKENDS = (("mosaic", by_mosaic), ("reference", reference.dequantize_4bit))
+
+
+def jit_for_target(function: Callable) -> Callable:
+    """jax.jit, that traces again for another GPU: backends are chosen by it while tracing."""
+
+    @functools.partial(jax.jit, static_argnames=(*STATIC, "target"))
+    def traced(*arrays, target, **static):
+        return function(*arrays, **static)
+
+    @functools.wraps(function)
+    def call(*arrays, **static):
+        return traced(*arrays, target=gpu.here(), **static)
+
+    return call
+
+
+@jit_for_target
 def dequantize_4bit(
     codes: UInt8[Array, "*packed"],
     scales: Float32[Array, "*blocks"] | DoubleQuantized,

@@ -33,7 +33,8 @@ def product(x, w: Weight, low: LowRank | None, *, contracted: int):
         raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
     dimensions = ((1,), (contracted,)), ((), ())
     accumulated = {"preferred_element_type": jnp.float32}
-    y = jax.lax.dot_general(x, reference.dense(w, x.dtype), dimensions, **accumulated)
+    dense = reference.dense(w, x.dtype, backend=None)
+    y = jax.lax.dot_general(x, dense, dimensions, **accumulated)
     if low is not None:
         y = y + jnp.dot(*low, **accumulated)
     return y.astype(x.dtype)

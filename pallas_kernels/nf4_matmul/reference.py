@@ -9,8 +9,8 @@ from pallas_kernels.nf4_matmul.layout import unpack
 from pallas_kernels.nf4_matmul.weight import Weight
 
 
-def dense(w: Weight, dtype: DTypeLike) -> Float[Array, "out in"]:
-    """W, dequantized."""
+def dense(w: Weight, dtype: DTypeLike, backend: str | None = "reference") -> Float[Array, "out in"]:
+    """W, dequantized: plainly, or by the backend of dequantize_4bit that takes it (None)."""
     return dequantize_4bit(
         unpack(w.codes, w.layout),
         w.scales,
@@ -18,6 +18,7 @@ def dense(w: Weight, dtype: DTypeLike) -> Float[Array, "out in"]:
         kind=w.kind,
         block_size=w.block_size,
         dtype=dtype,
+        backend=backend,
     )
 
 

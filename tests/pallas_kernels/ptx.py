@@ -71,6 +71,17 @@ def movmatrix(a):
     return turned[..., 0] | turned[..., 1] << np.uint64(16)
 
 
+def shfl_idx(a, b, c, members):
+    """The value of another lane, which b names, of the segment and up to the lane that c allows."""
+    assert a.shape[-1] == LANES
+    assert members == MASK, "every lane must take part"
+    segment, last = int(c) >> 8 & 31, int(c) & 31
+    lane = np.arange(LANES)
+    asked = lane & segment | b.astype(np.int64) & 31 & ~segment
+    asked = np.where(asked <= (lane & segment | last & ~segment), asked, lane)
+    return np.take_along_axis(*np.broadcast_arrays(a, asked), axis=-1)
+
+
 INSTRUCTIONS = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -80,5 +91,6 @@ INSTRUCTIONS = {
     "mul.wide.u32": lambda a, b: a * b,
     "prmt.b32": prmt,
     "lop3.b32": lop3,
+    "shfl.sync.idx.b32": shfl_idx,
     "movmatrix.sync.aligned.m8n8.trans.b16": movmatrix,
 }

@@ -79,13 +79,14 @@ def test_codes_are_read_high_nibble_first():
     np.testing.assert_array_equal(dense, [[2 * table[2], 2 * table[15]] * 32])
 
 
-def test_the_reference_is_the_backend():
+def test_the_reference_is_the_backend_of_a_cpu():
     codes, absmax = jnp.zeros((1, 32), jnp.uint8), jnp.ones((1, 1))
     static = {"shape": (1, 64), "kind": "nf4", "block_size": 64, "dtype": "float32"}
-    assert str(explain(BACKENDS, codes, absmax, **static)) == "reference"
+    choice = "reference (not mosaic: the default device is a cpu, not a GPU)"
+    assert str(explain(BACKENDS, codes, absmax, **static)) == choice
     named = dequantize_4bit(codes, absmax, **static, backend="reference")
     np.testing.assert_array_equal(named, dequantize_4bit(codes, absmax, **static))
-    with pytest.raises(ValueError, match="backend is 'gpu'; the backends are reference"):
+    with pytest.raises(ValueError, match="backend is 'gpu'; the backends are mosaic, reference"):
         dequantize_4bit(codes, absmax, **static, backend="gpu")
 
 
