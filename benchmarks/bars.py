@@ -37,9 +37,9 @@ STEP_TEMPORARIES = {"rtx4090": 1.54e9}  # bytes, Llama-3.1-8B at 2048 tokens, re
 
 
 def name(entry: dict) -> str:
-    """`hopper h100 forward 256x4096x4096`."""
-    size = "x".join(str(entry[axis]) for axis in "mnk")
-    return f"{entry['kernel']} {entry['gpu']} {entry['direction'] or ''} {size}"
+    """`hopper h100 forward 256x4096x4096`, `dequantize h100 4096x4096`."""
+    size = "x".join(str(entry[axis]) for axis in "mnk" if entry[axis])
+    return " ".join(filter(None, (entry["kernel"], entry["gpu"], entry["direction"], size)))
 
 
 def missed(entries: Iterable[dict]) -> list[str]:

@@ -10,8 +10,8 @@ Nothing is run. The exit code is 1 when a kernel misses a bar (bars.py).
 
 import argparse
 import concurrent.futures
+import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import math
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks import aot, bars, roofline, sass
 from pallas_kernels.backends import Unsupported
+from pallas_kernels.dequantize import mosaic as dequantize
 from pallas_kernels.gpu import KNOWN, Gpu
 from pallas_kernels.nf4_matmul.cases import CASES
 from pallas_kernels.nf4_matmul.weight import Weight
@@ -37,7 +38,7 @@ CHUNK = 8  # sizes that a process compiles
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--subset", action="store_true", help="only the cases that have a bar")
-    parser.add_argument("--only", metavar="BACKEND", help="this backend alone, in detail")
+    parser.add_argument("--only", choices=bars.BACKENDS, help="this backend alone, in detail")
     parser.add_argument("--gpu", choices=KNOWN, default="h100", help="with --only")
     for axis, default in (("m", 256), ("n", 4096), ("k", 4096)):
         parser.add_argument(f"--{axis}", type=int, default=default, help="with --only")
@@ -57,20 +58,23 @@ def main() -> None:
         sys.exit(1)
 
 
-def all_sizes() -> list[tuple[int, int, int]]:
-    """(m, n, k) of every case, those that models share once."""
-    return list(dict.fromkeys((case.m, case.n, case.k) for case in CASES))
+Size = tuple[int | None, int, int]  # (m, n, k); m is None where a matrix is dequantized alone
 
 
-def subset_sizes() -> list[tuple[int, int, int]]:
-    """(m, n, k) of what the bars ask for."""
-    return [(m, bars.SQUARE, bars.SQUARE) for m in bars.RATIOS]
+def all_sizes() -> list[Size]:
+    """Of every case, those that models share once."""
+    products = [(case.m, case.n, case.k) for case in CASES]
+    return list(dict.fromkeys([*products, *((None, n, k) for _, n, k in products)]))
+
+
+def subset_sizes() -> list[Size]:
+    """Of what the bars ask for."""
+    return [(m, bars.SQUARE, bars.SQUARE) for m in (*bars.RATIOS, None)]
 
 
 def module(backend: str):
-    """A backend of nf4_matmul; None if there is none of that name."""
-    path = f"pallas_kernels.nf4_matmul.{backend}"
-    return importlib.import_module(path) if importlib.util.find_spec(path) else None
+    """A backend of nf4_matmul."""
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{backend}")
 
 
 def shapes(m: int, n: int, k: int, direction: str):
@@ -81,7 +85,7 @@ def shapes(m: int, n: int, k: int, direction: str):
     return like((m, k if direction == "forward" else n), jnp.bfloat16), weight
 
 
-def compile_all(sizes: list[tuple[int, int, int]]) -> tuple[list[dict], list[str]]:
+def compile_all(sizes: list[Size]) -> tuple[list[dict], list[str]]:
     """(entries of compiled.json, failures) of all backends, GPUs and directions."""
     groups = {}
     for gpu, target in KNOWN.items():
@@ -103,17 +107,29 @@ def compile_all(sizes: list[tuple[int, int, int]]) -> tuple[list[dict], list[str
 
 def order(entry: dict) -> tuple:
     """Where an entry stands in compiled.json."""
-    kernel, gpu = list(bars.BACKENDS).index(entry["kernel"]), list(KNOWN).index(entry["gpu"])
-    return kernel, gpu, entry["n"], entry["k"], entry["m"], entry["direction"] == "backward"
+    kernels = (*bars.BACKENDS, "dequantize")
+    place = kernels.index(entry["kernel"]), list(KNOWN).index(entry["gpu"])
+    return *place, entry["n"], entry["k"], entry["m"] or 0, entry["direction"] == "backward"
 
 
-def compile_task(task: tuple[list[tuple[int, int, int]], list[str]]) -> tuple[list, list]:
-    """Some sizes for some GPUs of one capability: by all backends, forward and backward."""
+def compile_task(task: tuple[list[Size], list[str]]) -> tuple[list, list]:
+    """Some sizes for some GPUs of one capability."""
     entries, failures = [], []
-    for (m, n, k), backend, direction, gpu in itertools.product(
-        task[0], bars.BACKENDS, ("forward", "backward"), task[1]
-    ):
-        entry = {"kernel": backend, "gpu": gpu, "direction": direction, "m": m, "n": n, "k": k}
+    for size, gpu in itertools.product(*task):
+        new, wrong = compile_size(gpu, size)
+        entries, failures = entries + new, failures + wrong
+    return entries, failures
+
+
+def compile_size(gpu: str, size: Size) -> tuple[list, list]:
+    """One size for one GPU: by all backends, forward and backward."""
+    entries, failures = [], []
+    kernels = [("dequantize", None)]
+    if size[0] is not None:
+        kernels = itertools.product(bars.BACKENDS, ("forward", "backward"))
+    for kernel, direction in kernels:
+        entry = {"kernel": kernel, "gpu": gpu, "direction": direction}
+        entry |= dict(zip("mnk", size, strict=True))
         try:
             entries.append(entry | compile_case(entry))
         except Unsupported:
@@ -126,31 +142,51 @@ def compile_task(task: tuple[list[tuple[int, int, int]], list[str]]) -> tuple[li
 
 def compile_case(entry: dict) -> dict:
     """The figures of one entry; Unsupported if the backend does not take the case."""
-    if (found := module(entry["kernel"])) is None:
-        raise Unsupported("it is not written yet")
-    direction, (m, n, k) = entry["direction"], (entry[axis] for axis in "mnk")
-    target = KNOWN[entry["gpu"]]
-    compiled = aot.kernels(target, getattr(found, direction), *shapes(m, n, k, direction))
+    direction, target = entry["direction"], KNOWN[entry["gpu"]]
+    size = [entry[axis] for axis in "mnk"]
+    if direction is None:
+        compiled = aot.kernels(target, *dequantized(*size[1:]))
+    else:
+        function = getattr(module(entry["kernel"]), direction)
+        compiled = aot.kernels(target, function, *shapes(*size, direction))
     if len(compiled) != 1:
         raise ValueError(f"{len(compiled)} kernels were compiled, not 1")
     if compiled[0].serialized:
         raise ValueError("ptxas serializes wgmma")
-    return figures(target, compiled[0], direction, m, n, k)
+    return figures(target, compiled[0], direction, *size)
 
 
-def figures(gpu: Gpu, kernel: aot.Kernel, direction: str, m: int, n: int, k: int) -> dict:
+def dequantized(n: int, k: int):
+    """(function, shapes) of a matrix (n, k), to bfloat16."""
+    static = {"shape": (n, k), "kind": "nf4", "block_size": 64, "dtype": jnp.bfloat16}
+    like = jax.ShapeDtypeStruct
+    arrays = like((n * k // 2,), jnp.uint8), like((n * k // 64,), jnp.float32)
+    return functools.partial(dequantize.dequantize_4bit, **static), *arrays
+
+
+def figures(
+    gpu: Gpu, kernel: aot.Kernel, direction: str | None, m: int | None, n: int, k: int
+) -> dict:
     """The rest of an entry."""
-    code = code_of(gpu, kernel)
-    if direction == "backward":  # contracts along n
-        n, k = k, n
-    bound = roofline.bound(gpu, code, m, n, k)
+    ideal = None
+    if direction is None:
+        weights = n * k / (kernel.blocks * kernel.threads)  # of a thread; there is no loop
+        instructions = len(sass.parse(kernel.sass)[0]) / weights
+        seconds = roofline.dequantize(gpu, instructions, n, k)
+    else:
+        if direction == "backward":  # contracts along n
+            n, k = k, n
+        code = code_of(gpu, kernel)
+        instructions = code.instructions
+        seconds = roofline.bound(gpu, code, m, n, k).seconds
+        ideal = round(roofline.ideal_bf16(gpu, m, n, k) * 1e6, 2)
     return {
         "registers": kernel.registers,
         "spill_bytes": kernel.spill_bytes,
         "shared_bytes": kernel.shared_bytes,
-        "instructions_per_weight": round(code.instructions, 2),
-        "roofline_us": round(bound.seconds * 1e6, 2),
-        "ideal_bf16_us": round(roofline.ideal_bf16(gpu, m, n, k) * 1e6, 2),
+        "instructions_per_weight": round(instructions, 2),
+        "roofline_us": round(seconds * 1e6, 2),
+        "ideal_bf16_us": ideal,
     }
 
 
@@ -172,24 +208,26 @@ def code_of(gpu: Gpu, kernel: aot.Kernel) -> roofline.Code:
         resident=roofline.resident_blocks(
             gpu, kernel.registers, kernel.threads, kernel.shared_bytes
         ),
+        warp_mma="HMMA" in loop.counts,
         partial_bytes=4 * math.prod(map(int, sides)) if dtype == "f32" else 0,
     )
 
 
 def table(entries: list[dict]) -> str:
     """The entries as text, a line each, with the time against bf16."""
-    head = f"{'kernel':10}{'gpu':9}{'direction':10}{'m':>5}{'n':>6}{'k':>6}{'regs':>6}{'spills':>7}"
-    head += f"{'shared':>8}{'instr/w':>8}{'roofline us':>12}{'bf16 us':>9}{'ratio':>7}"
-    lines = ["Compiled, not run; times are paper.", head]
-    for e in entries:
-        ratio = e["roofline_us"] / e["ideal_bf16_us"]
-        lines.append(
-            f"{e['kernel']:10}{e['gpu']:9}{e['direction']:10}{e['m']:5}{e['n']:6}{e['k']:6}"
-            f"{e['registers']:6}{e['spill_bytes']:7}{e['shared_bytes']:8}"
-            f"{e['instructions_per_weight']:8.2f}{e['roofline_us']:12.2f}"
-            f"{e['ideal_bf16_us']:9.2f}{ratio:7.2f}"
-        )
-    return "\n".join(lines)
+    titles = ("kernel", "gpu", "direction", "m", "n", "k", "regs", "spills", "shared", "instr/w")
+    rows = [(*titles, "paper us", "bf16 us", "ratio")]
+    for entry in entries:
+        ratio = entry["ideal_bf16_us"] and entry["roofline_us"] / entry["ideal_bf16_us"]
+        rows.append([*entry.values(), ratio])
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:.2f}" if isinstance(cell, float) else str("" if cell is None else cell)
+            for cell in row
+        ]
+        lines.append("".join(f"{c:11}" for c in cells[:3]) + "".join(f"{c:>9}" for c in cells[3:]))
+    return "\n".join(["Compiled, not run; times are paper.", *lines])
 
 
 def listed(entries: list[dict]) -> str:
@@ -205,9 +243,7 @@ def changed(entries: list[dict]) -> list[str]:
 
 def detail(backend: str, gpu: str, m: int, n: int, k: int) -> None:
     """Prints all that is known of one backend's kernels."""
-    if (found := module(backend)) is None:
-        sys.exit(f"there is no backend {backend}; there are {', '.join(bars.BACKENDS)}")
-    target = KNOWN[gpu]
+    found, target = module(backend), KNOWN[gpu]
     for direction in ("forward", "backward"):
         print(f"{backend} {gpu} {direction} M={m} N={n} K={k}: ", end="")
         try:

@@ -30,6 +30,10 @@ COLUMNS = 128  # of y in a tile: n is rounded up to them
 # taken to be no worse; on an RTX 4090 about 5 TB/s were measured (chipsandcheese.com).
 L2_BYTES = {(8, 0): 5120, (8, 9): 2048, (9, 0): 5120, (10, 0): 5120}
 
+# Of the peak, what `mma` of one warp reaches where the peak is that of wgmma or tcgen05: 0.63 on
+# Hopper (Luo and others 2024, arXiv 2402.13499); Blackwell's is taken to be no faster than that.
+WARP_MMA = {(9, 0): 0.63, (10, 0): 0.34}
+
 
 @dataclasses.dataclass(frozen=True)
 class Code:
@@ -42,6 +46,7 @@ class Code:
       rows: of x in a tile: products that a decoded weight is used for.
       blocks: of the grid.
       resident: blocks that one SM holds at a time.
+      warp_mma: it multiplies by `mma`, not by wgmma or tcgen05.
       partial_bytes: of partial tiles that the kernel writes in float32; 0 when it writes y.
     """
 
@@ -51,6 +56,7 @@ class Code:
     rows: int
     blocks: int
     resident: int
+    warp_mma: bool
     partial_bytes: int
 
 
@@ -95,6 +101,7 @@ def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -
 def bound(gpu: Gpu, code: Code, m: int, n: int, k: int) -> Bound:
     """What one product of m rows takes: n columns of y, k contracted."""
     fma = gpu.flops / 2 / gpu.sms / gpu.clock  # a clock and SM
+    fma *= WARP_MMA.get(gpu.capability, 1) if code.warp_mma else 1
     warps = code.weights / 32
     whole = ceil(m, code.rows) * ceil(ceil(n, COLUMNS) * COLUMNS * k, code.weights)
     # Of the block with the most, and of the SM with the most blocks.
@@ -115,6 +122,16 @@ def bound(gpu: Gpu, code: Code, m: int, n: int, k: int) -> Bound:
         memory=(moved + (0 if fits else partial)) / gpu.bandwidth,
         l2=(partial if fits else 0) / (L2_BYTES[gpu.capability] * gpu.clock),
     )
+
+
+def dequantize(gpu: Gpu, instructions: float, n: int, k: int) -> float:
+    """Seconds of writing a matrix in bfloat16: memory's, or those of instructions a weight.
+
+    Each weight is fetched by a shuffle, of which an SM does one for 32 lanes a clock.
+    """
+    moved = n * k * (1 / 2 + 4 / 64 + 2)
+    clocks = n * k / 32 * max(instructions / 4, 1) / gpu.sms
+    return max(moved / gpu.bandwidth, clocks / gpu.clock)
 
 
 def ceil(a: int, b: int) -> int:

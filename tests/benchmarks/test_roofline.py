@@ -15,6 +15,7 @@ CODE = roofline.Code(
     rows=256,
     blocks=32,
     resident=1,
+    warp_mma=False,
     partial_bytes=0,
 )
 
@@ -39,6 +40,16 @@ def test_a_block_a_tile():
     )
     assert bound.l2 == 0
     assert (bound.limit, bound.seconds) == ("tensor", bound.tensor)
+
+
+def test_a_warps_own_products_are_slower_than_the_peak_of_a_warpgroups():
+    mma = dataclasses.replace(CODE, warp_mma=True)
+    fill = roofline.FILL / H100.clock
+    slow, fast = (roofline.bound(H100, code, 256, 4096, 4096).tensor for code in (mma, CODE))
+    assert (fast - fill) / (slow - fill) == pytest.approx(0.63)
+    a100 = KNOWN["a100"]
+    same = [roofline.bound(a100, code, 256, 4096, 4096).tensor for code in (mma, CODE)]
+    assert same[0] == same[1]
 
 
 def test_sharing_the_steps_among_all_sms_shortens_the_longest_block():
