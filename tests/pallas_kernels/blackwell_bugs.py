@@ -122,9 +122,9 @@ BUGS = (
         SHARED,
     ),
     Bug(
-        "one warpgroup's low-rank copy arrives for the other",
-        "half_w, decoded.at[target])",
-        "half_w, decoded.at[lax.rem(target + 1, W_SLOTS)])",
+        "a warpgroup does not wait for its copy of b",
+        "            plgpu.barrier_wait(b_came.at[group])\n",
+        "",
         ("race", "protocol", "stall"),
         "blackwell",
         rank=64,
