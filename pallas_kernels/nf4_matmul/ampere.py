@@ -6,7 +6,7 @@ multiplies. A step of the contraction is 64 wide:
 
     copy      codes 4 KB, scales 0.5 KB, x 16 KB      -> ring of `stages`
     decode    each warp its 32 columns of the result, 64 weights a thread
-    multiply  by x, 32 rows at a time, which every warp reads in full
+    multiply  by x, 64 rows at a time, which every warp reads in full
 
 cp.async knows no bounds, so the last tile of rows, or columns, begins early enough to end with the
 result; what it shares with the tile before is computed twice. And Mosaic takes what it copies
@@ -15,6 +15,7 @@ scales of a step lie together in memory. The interpreter, which copies by TMA, s
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from pallas_kernels.nf4_matmul.work import assemble, share
 
 CAPABILITIES = (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)
 ROWS = 128  # of a tile at most: 128 accumulators a thread, half of all registers
-CHUNK = 32  # rows of x in registers at a time
+CHUNK = 64  # rows of x in registers at a time, at most
 RANKS = 16  # of the low-rank term at a time: one step of mma
 BLOCKS = 2  # a SM
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, a block
@@ -87,7 +88,7 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
 def tile(gpu: Gpu, m: int) -> tuple[int, int]:
     """(rows, stages): as few tiles as ROWS allows, no taller than need be; what memory holds."""
     m = max(m, 1)
-    rows = CHUNK * pl.cdiv(m, CHUNK * pl.cdiv(m, ROWS))
+    rows = 32 * pl.cdiv(m, 32 * pl.cdiv(m, ROWS))
     stage = rows * STEP * 2 + COLUMNS * STEP // 2 + COLUMNS * 4
     return rows, min((gpu.shared_bytes_sm // BLOCKS - RESERVED) // stage, 4)
 
@@ -156,12 +157,15 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
     block = lax.axis_index("block")
     table = decode.load_table(table_g, interpret=k.interpret)
     order = {"transposed": k.transposed, "interpret": k.interpret}
-    chunks = range(0, k.rows, CHUNK)
+    chunk = math.gcd(k.rows, CHUNK)
+    chunks = range(0, k.rows, chunk)
 
     def step(_, x_s, codes_s, scales_s, acc):
         w = fragments.read_w(codes_s, scales_s, table, k.dtype, **order)
+        if not (k.transposed or k.interpret):
+            fragments.fence()  # else x is read so early that registers run out
         acc = [
-            plgpu.mma(each, w, fragments.read_x(x_s.at[pl.ds(row, CHUNK)], **order))
+            plgpu.mma(each, w, fragments.read_x(x_s.at[pl.ds(row, chunk)], **order))
             for row, each in zip(chunks, acc, strict=True)
         ]
         if k.interpret:  # by TMA, which must see that these reads are done
@@ -169,10 +173,10 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
         return acc
 
     def compute(row, column, first, steps):
-        """The accumulators, y^T (128, 32) each, of some steps of a tile."""
+        """The accumulators, y^T (128, chunk) each, of some steps of a tile."""
         top = jnp.minimum(row * k.rows, k.shape[0] - k.rows)
         left = jnp.minimum(column * COLUMNS, k.shape[1] - COLUMNS)
-        zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, CHUNK), jnp.float32), ACCUMULATOR)
+        zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, chunk), jnp.float32), ACCUMULATOR)
         acc = plgpu.emit_pipeline(
             step,
             grid=(steps,),
@@ -190,7 +194,7 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
     def part(i, first_tile):
         tile = first_tile + i
         _, acc = compute(*k.work.place(tile), *k.work.part(block, tile))
-        store(lambda row: y_g.at[block + tile, pl.ds(row, CHUNK)], acc, jnp.float32)
+        store(lambda row: y_g.at[block + tile, pl.ds(row, chunk)], acc, jnp.float32)
         return first_tile
 
     if not k.work.whole:
@@ -202,7 +206,7 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
     if k.rank:
         acc = add_low_rank(k, *low_g, top, column, acc)
     columns = pl.ds(column * COLUMNS, COLUMNS)
-    store(lambda at: y_g.at[pl.ds(row * k.rows + at, CHUNK), columns], acc, k.dtype)
+    store(lambda at: y_g.at[pl.ds(row * k.rows + at, chunk), columns], acc, k.dtype)
 
 
 def in_specs(k: Kernel, first) -> list[plgpu.BlockSpec]:
@@ -238,14 +242,15 @@ def windows(k: Kernel, x_g, codes_g, scales_g, top, left) -> list:
 
 def add_low_rank(k: Kernel, h_g, b_g, top, column, acc: list) -> list:
     """The accumulators plus h b, read from global memory: it is small and all blocks share it."""
+    chunk = acc[0].shape[1]
 
     def add(i, acc):
         ranks = pl.ds(i * RANKS, RANKS)
         b = b_g.at[pl.ds(column * COLUMNS, COLUMNS), ranks]
         b = plgpu.load(b, layout=fragments.LEFT, optimized=False)
         result = []
-        for row, each in zip(range(0, k.rows, CHUNK), acc, strict=True):
-            h = h_g.at[pl.ds(top + row, CHUNK), ranks]
+        for row, each in zip(range(0, k.rows, chunk), acc, strict=True):
+            h = h_g.at[pl.ds(top + row, chunk), ranks]
             h = plgpu.load(h.T, layout=fragments.RIGHT, optimized=False)
             result.append(plgpu.mma(each, b, h))
         return result

@@ -123,6 +123,17 @@ def look_up(codes, table, dtype) -> list:
     return [mgpu.utils.bitcast(pair, two) for pair in pairs]
 
 
+def fence() -> None:
+    """In a kernel: ptxas moves no access to memory across it."""
+
+    @plgpu.inline_mgpu()
+    def run(_):
+        nothing = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(nothing, [], "bar.warp.sync 0xffffffff;", "", has_side_effects=True)
+
+    run()
+
+
 def read_x(x_s, *, transposed: bool, interpret: bool):
     """x^T (64, rows), the contraction in the order of W's."""
     if interpret:

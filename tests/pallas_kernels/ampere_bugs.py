@@ -14,8 +14,8 @@ BUGS = (
     ),
     Bug(
         "every chunk multiplies the first rows of x",
-        "fragments.read_x(x_s.at[pl.ds(row, CHUNK)]",
-        "fragments.read_x(x_s.at[pl.ds(0 * row, CHUNK)]",
+        "fragments.read_x(x_s.at[pl.ds(row, chunk)]",
+        "fragments.read_x(x_s.at[pl.ds(0 * row, chunk)]",
         ("numbers",),
         "ampere",
     ),
@@ -91,8 +91,8 @@ BUGS = (
     ),
     Bug(
         "the low-rank term of the first tile of rows",
-        "h_g.at[pl.ds(top + row, CHUNK)",
-        "h_g.at[pl.ds(row, CHUNK)",
+        "h_g.at[pl.ds(top + row, chunk)",
+        "h_g.at[pl.ds(row, chunk)",
         ("numbers",),
         "ampere",
         TALL,
