@@ -68,6 +68,7 @@ SIZES = ("argument_bytes", "temp_bytes", "host_bytes")
 def compile_step(task: tuple[str, str, int, int]) -> tuple[dict, list[str]]:
     """(entry of compiled_steps.json, failures) of one GPU, model and number of tokens."""
     gpu, name, length, buffers = task
+    aot.load_plugin()  # before the model's code asks jax for its devices
     config = ModelConfig.from_dict(json.loads(MODELS[name].read_text()), str(MODELS[name]))
     model = jax.eval_shape(lambda: empty_model(config))
     spec, params = adapter_shapes(model)
