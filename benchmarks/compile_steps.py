@@ -48,8 +48,8 @@ def main() -> None:
     gpus = [args.gpu] if args.gpu else list(bars.STEP_TEMPORARIES if args.subset else KNOWN)
     tasks = [(gpu, name, args.seq_len, args.buffers) for gpu in gpus for name in MODELS]
     spawn = multiprocessing.get_context("spawn")
-    # Of its own for each GPU, as in compile_gpu; one at a time, for a step takes 3 GB to compile.
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+    # A process of its own for each GPU, as in compile_gpu; it takes 1 GB.
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
         entries, failures = zip(*pool.map(compile_step, tasks), strict=True)
     print("Compiled, not run; bytes of the gradients of one micro batch.")
     for entry in entries:
