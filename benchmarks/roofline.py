@@ -13,9 +13,10 @@ The first three are those of the SM with the most steps, in the division of work
 (nf4_matmul/work.py made it), and the time to fill and drain the pipeline for every wave of blocks.
 
 Left out, so that a GPU will be slower: shared memory's bandwidth and conflicts, latencies that
-nothing hides, launches, clocks below boost, re-reading what the L2 cache lost, and the expansion
-of double-quantized scales by XLA (reads 1/64 byte a weight and writes 1/16, once a call: a seventh
-of the bytes of the codes). bf16 is compared at its own ideal, which no library reaches either.
+nothing hides, launches, clocks below boost, re-reading what the L2 cache lost, that partial tiles
+are summed only when the last is there (half of `l2` does not overlap with the rest), and the
+expansion of double-quantized scales by XLA (reads 1/64 byte a weight and writes 1/16, once a call:
+a seventh of the bytes of the codes). bf16 is compared at its own ideal, which no library reaches.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ from pallas_kernels.gpu import Gpu
 FILL, FILL_FEW_ROWS = 3000, 1000
 FEW_ROWS = 16  # a tile has hardly anything to write
 COLUMNS = 128  # of y in a tile: n is rounded up to them
-# Bytes a clock of the L2 cache. NVIDIA's A100 whitepaper says 5120, and Hopper and Blackwell are
-# taken to be no worse; on an RTX 4090 about 5 TB/s were measured (chipsandcheese.com).
+# Bytes a clock of the L2 cache: 5120 on A100 (its whitepaper) and H100 (table 3 of PMC10448217);
+# Blackwell is taken to be no worse. On an RTX 4090 about 5 TB/s were measured (chipsandcheese.com,
+# Microbenchmarking Nvidia's RTX 4090).
 L2_BYTES = {(8, 0): 5120, (8, 9): 2048, (9, 0): 5120, (10, 0): 5120}
 
 # Of the peak, what `mma` of one warp reaches where the peak is that of wgmma or tcgen05: 0.63 on
