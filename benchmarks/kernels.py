@@ -1,7 +1,7 @@
 """Times every kernel on this machine's GPU against dense products, bitsandbytes and qwix.
 
     python -m benchmarks.kernels                                all of it; writes results/
-    python -m benchmarks.kernels --bnb-python ~/bnb/bin/python  with bitsandbytes, from there
+    python -m benchmarks.kernels --bnb COMMAND                  with bitsandbytes, see peers.py
     python -m benchmarks.kernels --models square --tokens 1,16  a part
     python -m benchmarks.kernels --interpret h100               tiny cases, interpreted on the CPU
 
@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             print("Try: --interpret h100, which needs none.", file=sys.stderr)
             return 2
         peer = None
-        if args.bnb_python:
+        if args.bnb:
             try:
-                peer = Bitsandbytes(args.bnb_python, double=not args.plain_scales)
+                peer = Bitsandbytes(args.bnb, double=not args.plain_scales)
             except PeerError as error:
-                print(f"error: --bnb-python {args.bnb_python}: {error}", file=sys.stderr)
+                print(f"error: --bnb {args.bnb}: {error}", file=sys.stderr)
                 return 2
             stack.enter_context(peer)
         found = {**described(target, args), "rows": [], "bars": []}
@@ -159,7 +159,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, help="programs timed; 20, interpreted 1")
     parser.add_argument("--calls", type=int, help="weights that take turns in one program")
     parser.add_argument("--plain-scales", action="store_true", help="float32 scales")
-    parser.add_argument("--bnb-python", metavar="PATH", help="an interpreter with bitsandbytes")
+    parser.add_argument("--bnb", metavar="COMMAND", help="a program that runs bitsandbytes")
     parser.add_argument(
         "--interpret", choices=gpu.KNOWN, help="tiny cases, as this GPU, on the CPU"
     )

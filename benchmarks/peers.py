@@ -1,11 +1,24 @@
-"""bitsandbytes as a contender: a process of its own, asked by lines of JSON."""
+"""bitsandbytes as a contender: a program of its own, which is asked by lines of JSON.
+
+bitsandbytes needs PyTorch, which this repository does not touch: the program is the user's own. It
+says hello, and answers each line on its input with a line on its output:
+
+                                                {"versions": {name: version}, "device": "cuda"}
+    {"prepare": {"op": "nf4_matmul", "direction": "forward", "m": 16, "n": 4096, "k": 4096,
+                 "calls": 4, "double": true}}   {"names": ["bitsandbytes"]}
+    {"run": "bitsandbytes"}                     {"seconds": 7.1e-6}       of one call
+    anything that fails                         {"error": "in its own words"}
+
+`prepare` makes `calls` bfloat16 weights (n, k) and quantizes them to NF4 in blocks of 64, and the
+scales again if `double`; `run` calls each once. Operations: nf4_matmul, forward by matmul_4bit (and
+for one row by gemv_4bit too, "bitsandbytes gemv"), backward as dy times the dequantized weight; and
+dequantize.
+"""
 
 import json
+import shlex
 import subprocess
-from pathlib import Path
 from typing import Any
-
-PROGRAM = Path(__file__).with_name("bitsandbytes_peer.py")
 
 
 class PeerError(RuntimeError):
@@ -19,15 +32,15 @@ class Bitsandbytes:
       versions: of bitsandbytes and what it runs on, and where: cuda or cpu.
     """
 
-    def __init__(self, python: str, *, double: bool):
-        """Starts `python` (a path), which must have bitsandbytes; `double` quantizes the scales.
+    def __init__(self, command: str, *, double: bool):
+        """Starts the program; `double` quantizes the scales.
 
         Raises:
-          PeerError: it has not, and says so itself on stderr; or there is no such program.
+          PeerError: there is no such program, or it ends without a word.
         """
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
-            self.process = subprocess.Popen([python, str(PROGRAM)], **pipes)
+            self.process = subprocess.Popen(shlex.split(command), **pipes)
         except OSError as error:
             raise PeerError(str(error)) from error
         self.double = double

@@ -15,6 +15,9 @@ from qlora_jax.train.config import TrainConfig
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "qlora_jax")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+FOLDERS = (*PACKAGES, "benchmarks", "tests")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+TORCH = re.compile(r"(^|\.)torch(\.|$)")  # and not checkpoints.torch_pickle, say
 MODULE_IDS = [str(path.relative_to(ROOT)) for path in MODULES]
 
 # Lowest first; a row imports rows above it and itself, and groups of one row never each other.
@@ -110,17 +113,21 @@ def test_imports_go_one_way(path):
 
 
 def test_packages_with_one_home():
-    folders = ("pallas_kernels", "qlora_jax", "benchmarks", "tests")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     bad = [
         f"{place}: {name}"
-        for path in files
+        for path in FILES
         for place in [path.relative_to(ROOT).as_posix()]
         for name in imports(path, for_types=False)
         if (homes := ONLY_IN.get(name.split(".")[0])) is not None
         if not place.startswith(tuple(homes))
     ]
     assert not bad
+
+
+def test_torch_comes_by_no_other_way():
+    """Nor from a module that has imported it, as in `from other.functional import torch`."""
+    found = [f"{path}: {name}" for path in FILES for name in imports(path) if TORCH.search(name)]
+    assert not found
 
 
 def test_torch_is_no_dependency():

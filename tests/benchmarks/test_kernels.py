@@ -2,7 +2,7 @@
 
 import functools
 import json
-import stat
+import shlex
 import sys
 
 import jax
@@ -261,17 +261,14 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def peer_python(tmp_path):
-    """An interpreter that, whatever it is told to run, is the peer above."""
+def command(tmp_path):
+    """That starts the program above."""
     (tmp_path / "peer.py").write_text(PEER)
-    script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/peer.py\n")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return str(script)
+    return shlex.join([sys.executable, str(tmp_path / "peer.py")])
 
 
-def test_bitsandbytes_in_a_process_of_its_own(peer_python):
-    with peers.Bitsandbytes(peer_python, double=True) as peer:
+def test_bitsandbytes_in_a_process_of_its_own(command):
+    with peers.Bitsandbytes(command, double=True) as peer:
         assert peer.versions["bitsandbytes"] == "9"
         made = problem(Contender("right", lambda x, w: x * w))
         rows = measuring.measure(made, H100, 2, 2, peer)
@@ -281,7 +278,7 @@ def test_bitsandbytes_in_a_process_of_its_own(peer_python):
             peer.prepare(op="nf4_matmul", m=5, n=64, k=64, direction="forward", calls=1)
 
 
-def test_an_interpreter_without_bitsandbytes():
+def test_a_program_that_is_none():
     with pytest.raises(peers.PeerError, match="ended with code 1"):
         peers.Bitsandbytes("/bin/false", double=True)
     with pytest.raises(peers.PeerError, match="No such file or directory: '/no/python'"):
