@@ -37,9 +37,17 @@ class Choice:
     backend: str | None
     refusals: tuple[tuple[str, str], ...]
 
+    @property
+    def reasons(self) -> list[str]:
+        """`not hopper, ampere: the default device is a cpu`: those of one reason together."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.refusals:
+            names.setdefault(reason, []).append(name)
+        return [f"not {', '.join(some)}: {reason}" for reason, some in names.items()]
+
     def __str__(self) -> str:
-        """`cpu (not hopper: the default device is a cpu)`."""
-        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refusals)
+        """`cpu (not hopper, ampere: the default device is a cpu)`."""
+        reasons = "; ".join(self.reasons)
         return f"{self.backend or 'none'} ({reasons})" if reasons else f"{self.backend}"
 
 

@@ -36,13 +36,13 @@ class Explanation:
     gradient: Choice | None
 
     def __str__(self) -> str:
-        """A line a direction, and below it one a refusal."""
+        """A line a direction, and below it one a reason of refusals."""
         directions = {self.op: self.forward, f"{self.op}, gradient": self.gradient}
         lines = []
         for name, choice in directions.items():
             if choice is not None:
                 lines.append(f"{name}: {choice.backend or 'no backend'}")
-                lines += [f"  not {backend}: {why}" for backend, why in choice.refusals]
+                lines += [f"  {reason}" for reason in choice.reasons]
         return "\n".join(lines)
 
 

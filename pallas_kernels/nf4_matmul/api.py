@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels import backends, gpu
+from pallas_kernels import gpu
 from pallas_kernels.codebooks import Kind
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.on_gpu import OnGpu
@@ -68,13 +68,6 @@ def multiply(
 ) -> Float[Array, "M out"]:
     """`nf4_matmul` for rows and a Weight."""
     return frozen_matmul(x, weight, FORWARD, BACKWARD, backend)
-
-
-def explain(
-    x: Array | jax.ShapeDtypeStruct, weight: Weight, backend: str | None = None
-) -> backends.Choice:
-    """Which backend `nf4_matmul` would choose for rows (M, in), and why not the others."""
-    return backends.explain(FORWARD, x, weight, backend=backend)
 
 
 def preferred_layout() -> str:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from pallas_kernels.nf4_matmul.api import explain
-from pallas_kernels.nf4_matmul.weight import Weight
+import pallas_kernels
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.models import Decoder
 from qlora_jax.models.attention import explain as explain_attention
+from qlora_jax.models.linear import stored_as
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def backend(model: Decoder, tokens: int) -> str:
         return f"{jax.default_backend()}: dense weights, XLA's own products"
     one = packed[0][0] if packed[0].lead else packed[0]
     x = jax.ShapeDtypeStruct((max(tokens, 1), one.shape[1]), model.dtype)
-    weight = Weight(one.codes, one.absmax, one.shape, one.kind, one.block_size, one.layout)
-    return f"{jax.default_backend()}, nf4_matmul by {explain(x, weight)}"
+    choice = pallas_kernels.explain("nf4_matmul", x, one.codes, one.absmax, **stored_as(one))
+    return f"{jax.default_backend()}, nf4_matmul by {choice.forward}"
 
 
 def attention(trainer: "Trainer") -> str:
