@@ -11,7 +11,6 @@ Nothing is run. The exit code is 1 when a kernel misses a bar (bars.py).
 import argparse
 import concurrent.futures
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -27,6 +26,7 @@ from benchmarks import aot, bars, roofline, sass
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.dequantize import mosaic as dequantize
 from pallas_kernels.gpu import KNOWN, Gpu
+from pallas_kernels.nf4_matmul.api import GPU_BACKENDS
 from pallas_kernels.nf4_matmul.cases import CASES
 from pallas_kernels.nf4_matmul.weight import Weight
 
@@ -70,11 +70,6 @@ def all_sizes() -> list[Size]:
 def subset_sizes() -> list[Size]:
     """Of what the bars ask for."""
     return [(m, bars.SQUARE, bars.SQUARE) for m in (*bars.RATIOS, None)]
-
-
-def module(backend: str):
-    """A backend of nf4_matmul."""
-    return importlib.import_module(f"pallas_kernels.nf4_matmul.{backend}")
 
 
 def shapes(m: int, n: int, k: int, direction: str):
@@ -147,7 +142,7 @@ def compile_case(entry: dict) -> dict:
     if direction is None:
         compiled = aot.kernels(target, *dequantized(*size[1:]))
     else:
-        function = getattr(module(entry["kernel"]), direction)
+        function = getattr(GPU_BACKENDS[entry["kernel"]], direction)
         compiled = aot.kernels(target, function, *shapes(*size, direction))
     if len(compiled) != 1:
         raise ValueError(f"{len(compiled)} kernels were compiled, not 1")
@@ -243,7 +238,7 @@ def changed(entries: list[dict]) -> list[str]:
 
 def detail(backend: str, gpu: str, m: int, n: int, k: int) -> None:
     """Prints all that is known of one backend's kernels."""
-    found, target = module(backend), KNOWN[gpu]
+    found, target = GPU_BACKENDS[backend], KNOWN[gpu]
     for direction in ("forward", "backward"):
         print(f"{backend} {gpu} {direction} M={m} N={n} K={k}: ", end="")
         try:

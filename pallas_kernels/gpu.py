@@ -74,6 +74,9 @@ KNOWN = {
 SHARED = {(8, 0): (163, 164), (8, 6): (99, 100), (8, 9): (99, 100), (9, 0): (227, 228)}
 SHARED |= {(10, 0): (227, 228), (10, 3): (227, 228), (12, 0): (99, 100)}
 
+# With `mma` and cp.async, which later ones have kept.
+FROM_AMPERE = (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -119,14 +122,14 @@ def described(device: jax.Device) -> Gpu:
 
 
 def require(*capabilities: tuple[int, int]) -> Target:
-    """The target, if its capability is among these; Unsupported otherwise, with what is there."""
+    """The target, if its capability is among these; Unsupported otherwise, with what is there.
+
+    Without capabilities any GPU will do.
+    """
+    if (target := here()) is None:
+        raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
     wanted = " or ".join(f"{major}.{minor}" for major, minor in capabilities)
-    target = here()
-    if target is None:
-        raise Unsupported(
-            f"the default device is a {jax.default_backend()}, not a GPU of capability {wanted}"
-        )
-    if target.gpu.capability not in capabilities:
+    if capabilities and target.gpu.capability not in capabilities:
         major, minor = target.gpu.capability
         raise Unsupported(f"{target.gpu.name} has capability {major}.{minor}, not {wanted}")
     return target

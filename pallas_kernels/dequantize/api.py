@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import gpu
-from pallas_kernels.backends import Unsupported, dispatch
+from pallas_kernels.backends import dispatch
 from pallas_kernels.codebooks import Kind
 from pallas_kernels.dequantize import reference
 from pallas_kernels.quantize.api import check
@@ -20,8 +20,7 @@ STATIC = "shape", "kind", "block_size", "dtype", "backend"
 
 def by_mosaic(codes: UInt8[Array, "*bytes"], absmax: Float32[Array, "*blocks"], **static):
     """The GPU kernel's answer; the kernel is imported, in 0.3 s, only where there is a GPU."""
-    if gpu.here() is None:
-        raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
+    gpu.require()
     from pallas_kernels.dequantize import mosaic
 
     return mosaic.dequantize_4bit(codes, absmax, **static)

@@ -19,26 +19,20 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.codebooks import Kind, codebook
-from pallas_kernels.nf4_matmul import decode
-from pallas_kernels.nf4_matmul.stores import store
+from pallas_kernels.registers import CODES, WEIGHTS, assembly, inline, store, word
 
-CAPABILITIES = (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)
 BLOCK = 64  # weights of a row in the kernel; larger blocks repeat their scale
 THREADS = 128
 
-# Both: a warp has 4 rows at a time, a lane 8 neighbours of one.
-CODES, EIGHTS = decode.CODES, decode.WEIGHTS
-# The same in two registers of 16 bytes, for float32.
+# WEIGHTS in two registers of 16 bytes, for float32.
 FOURS = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 64), (4, 64), (8,), (4,))),
     warp_dims=(-6,),
@@ -58,7 +52,7 @@ def dequantize_4bit(
     dtype: DTypeLike,
 ) -> Float[Array, "*lead out in"]:
     """codebook[code] * absmax of its block, over flat codes and scales."""
-    target = gpu.require(*CAPABILITIES)
+    target = gpu.require(*gpu.FROM_AMPERE)
     lead, (out, width) = codes.shape[:-1], shape
     if block_size % BLOCK or out * width % block_size:
         raise Unsupported(
@@ -88,7 +82,7 @@ def launch(blocks: int, rows: int, dtype, interpret: bool):
 
 def body(rows: int, interpret: bool, codes_g, scales_g, table_g, weights_g):
     """One block of threads: `rows` blocks of weights."""
-    layout = EIGHTS if weights_g.dtype.itemsize == 2 else FOURS
+    layout = WEIGHTS if weights_g.dtype.itemsize == 2 else FOURS
     mine = pl.ds(lax.axis_index("part") * rows, rows)
     codes = plgpu.load(codes_g.at[mine], layout=CODES, optimized=False)
     scales = plgpu.load(scales_g.at[mine], layout=layout.reduce(1), optimized=False)
@@ -120,33 +114,21 @@ def fetch(result: int) -> str:
 # $0-$7: 8 values; $8: 4 bytes of codes; $9: the lane's value of the table. Lanes are asked within
 # their half of the warp (0x101f), for which the code's 4 bits count and the higher ones do not.
 PTX = "{ .reg .b32 c; " + " ".join(fetch(i) for i in range(8)) + " }"
-CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 2)
 
 
 def look_up(codes, table, layout):
-    """codes (rows, 32) in CODES, table in TABLE -> float32 (rows, 64) in EIGHTS or FOURS."""
+    """codes (rows, 32) in CODES, table in TABLE -> float32 (rows, 64) in WEIGHTS or FOURS."""
     shape = codes.shape[0], BLOCK
 
-    @plgpu.inline_mgpu(
-        arg_types=(CODES, TABLE),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout),
-    )
-    def fetched(_, codes, table):
-        i32 = ir.IntegerType.get_signless(32)
+    @inline((CODES, TABLE), plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
+    def fetched(values, codes, table):
         one = ir.VectorType.get((1,), ir.F32Type.get())
-        eight = llvm.StructType.get_literal([i32] * 8)
-        target = layout.to_mgpu()
-        registers = np.empty(target.registers_shape(shape), dtype=object)
-        length = target.vector_length
-        for place, four in np.ndenumerate(codes.registers):
-            arguments = [mgpu.utils.bitcast(word, i32) for word in (four, *table.registers.flat)]
-            out = llvm.inline_asm(eight, arguments, PTX, CONSTRAINTS)
-            values = [mgpu.utils.bitcast(llvm.extractvalue(i32, out, [i]), one) for i in range(8)]
+        length = layout.to_mgpu().vector_length
+        for place, four in np.ndenumerate(codes):
+            eight = assembly(PTX, [word(four), word(table.item())], 8)
+            eight = [mgpu.utils.bitcast(each, one) for each in eight]
             for i in range(8 // length):
-                some = mgpu.utils.vector_concat(values[length * i : length * (i + 1)])
-                registers[place if length == 8 else (*place[:-1], i, 0)] = some
-        return fragmented_array.FragmentedArray(
-            _registers=registers, _layout=target, _is_signed=None
-        )
+                some = mgpu.utils.vector_concat(eight[length * i : length * (i + 1)])
+                values[place if length == 8 else (*place[:-1], i, 0)] = some
 
     return fetched(codes, table)

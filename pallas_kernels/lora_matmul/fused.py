@@ -4,7 +4,6 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.backends import Unsupported
 from pallas_kernels.lora_matmul.delta import adapter_gradients, nt
 from pallas_kernels.nf4_matmul.api import GPU_BACKWARD, GPU_FORWARD
 from pallas_kernels.nf4_matmul.vjp import by_rows
@@ -19,8 +18,7 @@ def run(
     scale: Float[Array, ""],
 ) -> Float[Array, "*rows out"]:
     """One kernel for both terms; Unsupported where there is no GPU."""
-    if gpu.here() is None:
-        raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
+    gpu.require()
     return product(x, w, A, Bt, scale)
 
 

@@ -25,17 +25,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu
+from pallas_kernels import gpu, registers
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.gpu import Gpu
-from pallas_kernels.nf4_matmul import decode, fragments, stores
+from pallas_kernels.nf4_matmul import decode, fragments
 from pallas_kernels.nf4_matmul.fragments import ACCUMULATOR, COLUMNS, tiled
-from pallas_kernels.nf4_matmul.mosaic import Kernel, pad
-from pallas_kernels.nf4_matmul.operands import STEP, check, operands
+from pallas_kernels.nf4_matmul.operands import STEP, check, operands, pad
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
-from pallas_kernels.nf4_matmul.work import assemble, share
+from pallas_kernels.nf4_matmul.work import Kernel, assemble, share
 
-CAPABILITIES = (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)
 ROWS = 128  # of a tile at most: 128 accumulators a thread, half of all registers
 CHUNK = 64  # rows of x in registers at a time, at most
 RANKS = 16  # of the low-rank term at a time: one step of mma
@@ -43,23 +41,11 @@ BLOCKS = 2  # a SM
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, a block
 
 
-def forward(
-    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M out"]:
-    """x W^T (+ h b)."""
-    return product(x, w, low, transposed=False)
-
-
-def backward(
-    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M in"]:
-    """dy W (+ h b)."""
-    return product(dy, w, low, transposed=True)
-
-
-def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
+def product(
+    x: Float[Array, "M contracted"], w: Weight, low: LowRank | None, *, transposed: bool
+) -> Float[Array, "M n"]:
     """x W^T, or x W when `transposed`, and the low-rank term."""
-    target = gpu.require(*CAPABILITIES)
+    target = gpu.require(*gpu.FROM_AMPERE)
     check(x, w)
     m, (out, width) = x.shape[0], w.shape
     n, contraction = (width, out) if transposed else (out, width)
@@ -189,7 +175,7 @@ def body(k: Kernel, x_g, codes_g, scales_g, table_g, *refs):
     def store(place, acc, dtype):
         for row, each in zip(chunks, acc, strict=True):
             y = fragments.upright(each, **order).astype(dtype)
-            stores.store(place(row), y, optimized=False)
+            registers.store(place(row), y, optimized=False)
 
     def part(i, first_tile):
         tile = first_tile + i

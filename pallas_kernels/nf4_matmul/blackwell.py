@@ -30,11 +30,11 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import decode, mosaic
-from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
+from pallas_kernels.nf4_matmul.mosaic import COLUMNS, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
-from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
-from pallas_kernels.nf4_matmul.work import assemble, share
+from pallas_kernels.nf4_matmul.work import Kernel, assemble, share
+from pallas_kernels.registers import store
 
 STAGES = {64: 8, 128: 6, 256: 4}  # of the ring, by rows of a tile: what fits in shared memory
 W_SLOTS = 3
@@ -44,21 +44,9 @@ COPY, MULTIPLY = 0, 1  # warps of the third
 COPY_REGISTERS, DECODE_REGISTERS = 40, 232
 
 
-def forward(
-    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M out"]:
-    """x W^T (+ h b)."""
-    return product(x, w, low, transposed=False)
-
-
-def backward(
-    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M in"]:
-    """dy W (+ h b)."""
-    return product(dy, w, low, transposed=True)
-
-
-def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
+def product(
+    x: Float[Array, "M contracted"], w: Weight, low: LowRank | None, *, transposed: bool
+) -> Float[Array, "M n"]:
     """x W^T, or x W when `transposed`, and the low-rank term."""
     target = gpu.require((10, 0), (10, 3))
     check(x, w)

@@ -21,22 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.codebooks import Kind, codebook
+from pallas_kernels.registers import CODES, WEIGHTS, assembly, inline, word
 
-# A warpgroup's tile of codes, (rows, bytes), and of weights, (rows, 2 * bytes): a warp holds 4 rows
-# of 64 weights at a time, a lane 8 neighbours: 4 bytes of codes, 16 bytes of weights.
-CODES = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-WEIGHTS = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
 ROWS = WEIGHTS.reduce(1)  # one value a row of WEIGHTS: the scales
 
 WORDS = 9  # uint32: the low bytes of the 16 values, their high bytes, and TOPS
@@ -84,7 +75,6 @@ PTX = f"""{{ .reg .b32 s, s1, t, t1, a, b, h, l, u; .reg .b64 w;
  {shift_right("t1", "t", 16)}{four_values("s", "t", "$0", "$1")}{
     four_values("s1", "t1", "$2", "$3")
 } }}"""
-CONSTRAINTS = "=r,=r,=r,=r" + ",r" * (1 + WORDS)
 
 
 def same_register(register: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -125,27 +115,21 @@ def lookup_ptx(
     """
     shape = (packed.shape[0], 2 * packed.shape[1])
 
-    @plgpu.inline_mgpu(
-        arg_types=(source, TABLE),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target),
-    )
-    def lookup(_, codes, words):
-        i32 = ir.IntegerType.get_signless(32)
-        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
-        pair = ir.VectorType.get((2,), element)
-        four = llvm.StructType.get_literal([i32] * 4)
-        layout = target.to_mgpu()
-        values = np.empty(layout.registers_shape(shape), dtype=object)
-        for index, register in np.ndenumerate(codes.registers):
-            arguments = [mgpu.utils.bitcast(register, i32), *words.registers.flat]
-            out = llvm.inline_asm(four, arguments, PTX, CONSTRAINTS)
-            pairs = [mgpu.utils.bitcast(llvm.extractvalue(i32, out, [i]), pair) for i in range(4)]
-            places = register_map(index)
+    @inline((source, TABLE), plgpu.ShapeDtypeStruct(shape, dtype, layout=target))
+    def lookup(values, codes, table):
+        for index, register in np.ndenumerate(codes):
+            pairs, places = look_up(word(register), table, dtype), register_map(index)
             if len(places) == 1:
                 values[places[0]] = mgpu.utils.vector_concat(pairs)
             else:
                 for place, two in zip(places, pairs, strict=True):
                     values[place] = two
-        return fragmented_array.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
 
     return lookup(packed, table)
+
+
+def look_up(codes, table, dtype: DTypeLike) -> list:
+    """Four registers of two values from an i32 of four bytes of codes, on a lane's table."""
+    two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+    pairs = assembly(PTX, [codes, *table.flat], 4)
+    return [mgpu.utils.bitcast(pair, two) for pair in pairs]

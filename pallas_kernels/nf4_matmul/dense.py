@@ -8,30 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
 
 
-def forward(
-    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M out"]:
-    """x W^T (+ h b), rounded once."""
-    return product(x, w, low, contracted=1)
-
-
-def backward(
-    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M in"]:
-    """dy W (+ h b), rounded once."""
-    return product(dy, w, low, contracted=0)
-
-
-def product(x, w: Weight, low: LowRank | None, *, contracted: int):
-    """The product over the last axis of x and axis `contracted` of W."""
-    if gpu.here() is None:
-        raise Unsupported(f"the default device is a {jax.default_backend()}, not a GPU")
-    dimensions = ((1,), (contracted,)), ((), ())
+def product(
+    x: Float[Array, "M contracted"], w: Weight, low: LowRank | None, *, transposed: bool
+) -> Float[Array, "M n"]:
+    """x W^T, or x W when `transposed`, and the low-rank term, rounded once."""
+    gpu.require()
+    dimensions = ((1,), (0 if transposed else 1,)), ((), ())
     accumulated = {"preferred_element_type": jnp.float32}
     dense = reference.dense(w, x.dtype, backend=None)
     y = jax.lax.dot_general(x, dense, dimensions, **accumulated)

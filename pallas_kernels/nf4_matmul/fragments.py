@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
@@ -27,6 +26,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.nf4_matmul import decode
 from pallas_kernels.nf4_matmul.operands import STEP
+from pallas_kernels.registers import assembly, inline, word
 
 COLUMNS = 128  # of a tile of the result
 TILE = 32  # elements of a row that lie together in shared memory
@@ -78,51 +78,6 @@ def tiled(dtype: DTypeLike) -> tuple:
     return plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(width)
 
 
-def inline(layouts, result, shape, dtype):
-    """Decorates a function of registers: arrays of `layouts` in, one of layout `result` out.
-
-    It is given an empty array of registers to fill, and those of each argument.
-    """
-
-    def decorate(fill):
-        @plgpu.inline_mgpu(
-            arg_types=layouts, return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=result)
-        )
-        def run(_, *arrays):
-            layout = result.to_mgpu()
-            new = np.empty(layout.registers_shape(shape), dtype=object)
-            fill(new, *(each.registers for each in arrays))
-            return fragmented_array.FragmentedArray(_registers=new, _layout=layout, _is_signed=None)
-
-        return run
-
-    return decorate
-
-
-def assembly(text: str, arguments: list, results: int) -> list:
-    """i32 registers: the results of PTX on these arguments."""
-    i32 = ir.IntegerType.get_signless(32)
-    constraints = ",".join(["=r"] * results + ["r"] * len(arguments))
-    if results == 1:
-        return [llvm.inline_asm(i32, arguments, text, constraints)]
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * results), arguments, text, constraints
-    )
-    return [llvm.extractvalue(i32, out, [i]) for i in range(results)]
-
-
-def word(register):
-    """A register of 32 bits as i32."""
-    return mgpu.utils.bitcast(register, ir.IntegerType.get_signless(32))
-
-
-def look_up(codes, table, dtype) -> list:
-    """Four registers of two values from four bytes of codes."""
-    two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
-    pairs = assembly(decode.PTX, [codes, *table.flat], 4)
-    return [mgpu.utils.bitcast(pair, two) for pair in pairs]
-
-
 def fence() -> None:
     """In a kernel: ptxas moves no access to memory across it."""
 
@@ -142,7 +97,7 @@ def read_x(x_s, *, transposed: bool, interpret: bool):
         return plgpu.load(x_s.T, layout=RIGHT)
     eights = plgpu.load(x_s, layout=EIGHTS)
 
-    @inline((EIGHTS,), RIGHT, eights.shape[::-1], eights.dtype)
+    @inline((EIGHTS,), plgpu.ShapeDtypeStruct(eights.shape[::-1], eights.dtype, layout=RIGHT))
     def pairs(new, old):
         for (row, k32, *_), register in np.ndenumerate(old):
             for r in range(4):
@@ -177,11 +132,14 @@ def read_w_rows(codes_s, scales_s, table, dtype: DTypeLike):
     codes = plgpu.load(codes_s, layout=ROW_CODES)
     scales = plgpu.load(scales_s.at[0], layout=ROW_SCALES).astype(dtype)
 
-    @inline((ROW_CODES, ROW_SCALES, decode.TABLE), LEFT, (COLUMNS, STEP), dtype)
+    @inline(
+        (ROW_CODES, ROW_SCALES, decode.TABLE),
+        plgpu.ShapeDtypeStruct((COLUMNS, STEP), dtype, layout=LEFT),
+    )
     def values(new, codes, scales, table):
         for (i, k32, _, _, h, *_), register in np.ndenumerate(codes):
             scale = mgpu.utils.vector_concat([scales[i, 0, h, 0, 0]] * 2)
-            for r, pair in enumerate(look_up(word(register), table, dtype)):
+            for r, pair in enumerate(decode.look_up(word(register), table, dtype)):
                 place = i, 2 * k32 + r // 2, 0, r % 2, h, 0, 0, 0, 0
                 new[place] = arith.mulf(pair, scale)
 
@@ -193,12 +151,15 @@ def read_w_transposed(codes_s, scales_s, table, dtype: DTypeLike):
     codes = plgpu.load(codes_s, layout=PAIR_CODES)
     scales = plgpu.load(scales_s, layout=PAIR_SCALES).astype(dtype)
 
-    @inline((PAIR_CODES, PAIR_SCALES, decode.TABLE), LEFT, (COLUMNS, STEP), dtype)
+    @inline(
+        (PAIR_CODES, PAIR_SCALES, decode.TABLE),
+        plgpu.ShapeDtypeStruct((COLUMNS, STEP), dtype, layout=LEFT),
+    )
     def values(new, codes, scales, table):
         for k16 in range(STEP // 16):
             eights = [word(register) for register in codes[k16, 0].flat]
             for h, four in enumerate(assembly(SHUFFLE, eights, 2)):
-                for r, pair in enumerate(look_up(four, table, dtype)):
+                for r, pair in enumerate(decode.look_up(four, table, dtype)):
                     eight, i = divmod(r, 2)
                     scale = scales[0, 2 * k16 + eight, 0, 0, 0]
                     new[i, k16, 0, eight, h, 0, 0, 0, 0] = arith.mulf(pair, scale)
@@ -220,7 +181,7 @@ def upright(acc, *, transposed: bool, interpret: bool):
         return acc.T
     out = OUT_BACKWARD if transposed else OUT
 
-    @inline((ACCUMULATOR,), out, acc.shape[::-1], acc.dtype)
+    @inline((ACCUMULATOR,), plgpu.ShapeDtypeStruct(acc.shape[::-1], acc.dtype, layout=out))
     def turned(new, old):
         f32 = ir.F32Type.get()
         one = ir.VectorType.get((1,), f32)

@@ -3,7 +3,7 @@ r"""nf4_matmul on Hopper: W decoded once a block into shared memory, from where 
 A block is two compute warpgroups and one that copies (TMA). A step of the contraction is 64 wide:
 
     copy         codes 4 KB, scales, x      -> ring of `stages`
-    warpgroup 0  decode half of the W tile  \\  slot i % 3 of W, then both meet at a barrier
+    warpgroup 0  decode half of the W tile  \  slot i % 3 of W, then both meet at a barrier
     warpgroup 1  decode the other half      /
     each         wgmma: its half of x's rows times the whole W tile, in flight during step i + 1
 
@@ -26,31 +26,19 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import decode, mosaic
-from pallas_kernels.nf4_matmul.mosaic import COLUMNS, Kernel, swizzled
+from pallas_kernels.nf4_matmul.mosaic import COLUMNS, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
-from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
-from pallas_kernels.nf4_matmul.work import assemble, share
+from pallas_kernels.nf4_matmul.work import Kernel, assemble, share
+from pallas_kernels.registers import store
 
 W_SLOTS = 3
 COPY_REGISTERS = 40  # of the copying warpgroup; the others share the rest
 
 
-def forward(
-    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M out"]:
-    """x W^T (+ h b)."""
-    return product(x, w, low, transposed=False)
-
-
-def backward(
-    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M in"]:
-    """dy W (+ h b)."""
-    return product(dy, w, low, transposed=True)
-
-
-def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
+def product(
+    x: Float[Array, "M contracted"], w: Weight, low: LowRank | None, *, transposed: bool
+) -> Float[Array, "M n"]:
     """x W^T, or x W when `transposed`, and the low-rank term."""
     target = gpu.require((9, 0))
     check(x, w)
@@ -62,7 +50,7 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
     tiles = pl.cdiv(m, rows), pl.cdiv(n, COLUMNS)
     work = share(*tiles, pl.cdiv(contraction, STEP), target.gpu.sms)
     fused = low is not None and work.whole
-    h, b = mosaic.low_rank_operands(low, rows, transposed) if fused else (None, None)
+    h_b = mosaic.low_rank_operands(low, rows, transposed) if fused else ()
     x = mosaic.padded(x)
     kernel = Kernel(
         work,
@@ -70,11 +58,11 @@ def product(x, w: Weight, low: LowRank | None, *, transposed: bool):
         stages,
         (x.shape[0], n + -n % STEP),
         x.dtype,
-        h.shape[1] if fused else 0,
+        h_b[0].shape[1] if h_b else 0,
         transposed,
         target.interpret,
     )
-    y = launch(kernel)(x, *operands(w, x.dtype, x.dtype), *((h, b) if fused else ()))
+    y = launch(kernel)(x, *operands(w, x.dtype, x.dtype), *h_b)
     if work.whole:
         return y[:m, :n]
     return assemble(y, work, m, n, x.dtype, low)

@@ -1,14 +1,17 @@
 """nf4_matmul for many rows: dequantizing first costs little then, and the product is XLA's own.
 
-On paper, N = K = 4096, as multiples of an ideal bfloat16 product (benchmarks/roofline.py); the
-fused kernels lie between decoding that hides behind the tensor cores in full and not at all:
+On paper, N = K = 4096, as multiples of an ideal bfloat16 product, by the instructions in
+benchmarks/results/compiled.json. The fused kernels lie between decoding that hides behind the
+tensor cores in full (benchmarks/roofline.py) and not at all (the two added):
 
     M = 4096      dequantize, then multiply    fused
-    A100          1.05                         1.08 to 1.66
-    RTX 4090      1.05                         1.01 to 1.15
-    H100          1.09                         1.08 to 1.55
+    A100          1.05                         1.08 to 1.56
+    RTX 4090      1.05                         1.01 to 1.11
+    H100          1.09                         1.08 to 1.56
+    H200          1.06                         1.08 to 1.56
+    B200          1.09                         1.03 to 1.63
 
-So from 4096 rows the safe choice is at most 0.04 worse than the best that fusing can be. Below it
+So from 4096 rows the safe choice is at most 0.06 worse than the best that fusing can be. Below it
 dequantizing weighs twice as much with every halving of M.
 """
 
@@ -24,26 +27,11 @@ FEWEST_ROWS = {(8, 0): 4096, (8, 9): 4096, (9, 0): 4096, (10, 0): 4096}
 ELSEWHERE = 4096
 
 
-def forward(
-    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M out"]:
-    """x W^T (+ h b)."""
-    check(x)
-    return dense.forward(x, w, low)
-
-
-def backward(
-    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M in"]:
-    """dy W (+ h b)."""
-    check(dy)
-    return dense.backward(dy, w, low)
-
-
-def check(x) -> None:
-    """Unsupported below the number of rows from which dequantizing first wins."""
-    target = gpu.here()
-    capability = target.gpu.capability if target else None
-    fewest = FEWEST_ROWS.get(capability, ELSEWHERE)
+def product(
+    x: Float[Array, "M contracted"], w: Weight, low: LowRank | None, *, transposed: bool
+) -> Float[Array, "M n"]:
+    """What dense.py computes, from the number of rows on from which dequantizing first wins."""
+    fewest = FEWEST_ROWS.get(gpu.require().gpu.capability, ELSEWHERE)
     if x.shape[0] < fewest:
         raise Unsupported(f"M is {x.shape[0]}: dequantizing first wins from {fewest} rows")
+    return dense.product(x, w, low, transposed=transposed)

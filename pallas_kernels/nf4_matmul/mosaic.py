@@ -4,44 +4,16 @@ A tile of W is 128 by 64, or 64 by 128 when it is multiplied as it lies (`transp
 product). Two warpgroups decode it, 64 by 64 each.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nf4_matmul import decode
-from pallas_kernels.nf4_matmul.operands import STEP
+from pallas_kernels.nf4_matmul.operands import STEP, pad
 from pallas_kernels.nf4_matmul.weight import LowRank
-from pallas_kernels.nf4_matmul.work import Work
 
 COLUMNS = 128  # of a tile of the result
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What one compiled kernel depends on.
-
-    Attributes:
-      work: the tiles, and the blocks that share them.
-      rows: of a tile.
-      stages: of the ring of copies.
-      shape: of the result, whole 8 rows and 64 columns.
-      dtype: of x, W's tile and the result.
-      rank: of the low-rank term, a multiple of 64; 0 for none.
-      transposed: multiply by W instead of W^T.
-      interpret: whether the CPU interprets it.
-    """
-
-    work: Work
-    rows: int
-    stages: int
-    shape: tuple[int, int]
-    dtype: jnp.dtype
-    rank: int
-    transposed: bool
-    interpret: bool
 
 
 def swizzled(dtype) -> tuple:
@@ -89,12 +61,6 @@ def in_specs(rows: int, dtype, row, column, first, transposed: bool) -> list[plg
 def padded(x):
     """x with zeros up to whole 8 rows and 64 columns, which copies of swizzled tiles need."""
     return pad(x, 8, STEP)
-
-
-def pad(a, *multiples: int):
-    """A matrix with zeros up to multiples of these along its axes."""
-    rest = [-size % multiple for size, multiple in zip(a.shape, multiples, strict=True)]
-    return jnp.pad(a, [(0, n) for n in rest]) if any(rest) else a
 
 
 def low_rank_operands(low: LowRank, rows: int, transposed: bool):

@@ -39,3 +39,9 @@ def operands(
     scales = expand_scales(w.scales).reshape(out, width // w.block_size)
     scales = jnp.repeat(scales.T, w.block_size // STEP, axis=0).astype(scale_dtype)
     return w.codes.reshape(out, width // 2), scales, jnp.asarray(table_words(w.kind, dtype))
+
+
+def pad(a, *multiples: int):
+    """A matrix with zeros up to multiples of these along its axes."""
+    rest = [-size % multiple for size, multiple in zip(a.shape, multiples, strict=True)]
+    return jnp.pad(a, [(0, n) for n in rest]) if any(rest) else a

@@ -39,10 +39,9 @@ from pallas_kernels.nf4_matmul import decode
 from pallas_kernels.nf4_matmul import small_m_fragments as fragments
 from pallas_kernels.nf4_matmul.operands import STEP as BLOCK
 from pallas_kernels.nf4_matmul.operands import check
-from pallas_kernels.nf4_matmul.stores import store
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
+from pallas_kernels.registers import store
 
-CAPABILITIES = (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)
 MOST = 16  # rows of x
 ROWS = 64  # of W, a tile, or twice that
 STEP_WEIGHTS = 64 * 512  # of a tile, in a step
@@ -51,11 +50,19 @@ VECTOR = 4  # scales that a lane loads at a time
 RESERVED = 2048  # bytes of shared memory a block that are not the ring's: barriers, CUDA's own
 
 
-def forward(
-    x: Float[Array, "M in"], w: Weight, low: LowRank | None = None
+def product(
+    x: Float[Array, "M in"], w: Weight, low: LowRank | None, *, transposed: bool
 ) -> Float[Array, "M out"]:
-    """x W^T (+ h b), for at most 16 rows."""
-    target = gpu.require(*CAPABILITIES)
+    """x W^T and the low-rank term, for at most 16 rows.
+
+    There is no x W: `mma` takes neighbours along the contraction in pairs, and a byte of codes
+    holds neighbours along the other axis.
+    """
+    target = gpu.require(*gpu.FROM_AMPERE)
+    if transposed:
+        raise Unsupported(
+            "this kernel has no backward: weights of a column would have to be paired in registers"
+        )
     check(x, w)
     m, (n, k) = x.shape[0], w.shape
     if m > MOST:
@@ -69,15 +76,6 @@ def forward(
     table = jnp.asarray(decode.table_words(w.kind, x.dtype))
     y = launch(plan, x.dtype, target.interpret)(x, w.codes.reshape(n, k // 2), scales, table)
     return y[:m] if plan.whole else assemble(y, plan, m, x.dtype, low)
-
-
-def backward(
-    dy: Float[Array, "M out"], w: Weight, low: LowRank | None = None
-) -> Float[Array, "M in"]:
-    """Refused: `mma` takes neighbours along the contraction in pairs, and bytes hold columns."""
-    raise Unsupported(
-        "this kernel has no backward: weights of a column would have to be paired in registers"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

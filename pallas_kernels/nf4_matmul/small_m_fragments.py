@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.nf4_matmul import decode
+from pallas_kernels.registers import inline
 
 # The operands and the result of mma; bfloat16 stands for both types of 16 bits.
 LEFT = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)  # W (rows, k), 16 of each 64 rows a warp
@@ -124,22 +124,13 @@ def singles(y, *, interpret: bool):
 def relabelled(source, results: list, fill: Callable):
     """A function of an array in layout `source` whose results are made of its registers.
 
-    `fill` gives, for each result, (place, register) pairs.
+    `fill` gives, for each of a list of results, (place, register) pairs.
     """
 
-    @plgpu.inline_mgpu(arg_types=(source,), return_type=results)
-    def relabel(_, array):
-        answers = []
-        for result, found in zip(results, fill(array.registers), strict=True):
-            layout = result.layout.to_mgpu()
-            registers = np.empty(layout.registers_shape(result.shape), dtype=object)
+    @inline((source,), results)
+    def relabel(new, old):
+        for array, found in zip(new, fill(old), strict=True):
             for place, register in found:
-                registers[place] = register
-            answers.append(
-                fragmented_array.FragmentedArray(
-                    _registers=registers, _layout=layout, _is_signed=None
-                )
-            )
-        return answers
+                array[place] = register
 
     return relabel

@@ -74,6 +74,31 @@ class Work:
         return tile % self.rows, tile // self.rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What one compiled kernel depends on.
+
+    Attributes:
+      work: the tiles, and the blocks that share them.
+      rows: of a tile.
+      stages: of the ring of copies.
+      shape: of the result, with what copies want beyond its last rows and columns.
+      dtype: of x, W's tile and the result.
+      rank: of the low-rank term, padded; 0 for none.
+      transposed: multiply by W instead of W^T.
+      interpret: whether the CPU interprets it.
+    """
+
+    work: Work
+    rows: int
+    stages: int
+    shape: tuple[int, int]
+    dtype: jnp.dtype
+    rank: int
+    transposed: bool
+    interpret: bool
+
+
 def share(rows: int, columns: int, steps: int, slots: int) -> Work:
     """The sharing for a GPU that runs `slots` blocks at a time.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.dequantize.api import expand_scales
+from pallas_kernels.nf4_matmul.on_gpu import OnGpu
 from pallas_kernels.nf4_matmul.weight import Weight
 from pallas_kernels.quantize.api import double_quantize, quantize_4bit
 
@@ -53,6 +54,10 @@ class Backend:
     @property
     def module(self) -> ModuleType:
         return importlib.import_module(f"pallas_kernels.nf4_matmul.{self.name}")
+
+    def run(self, direction: str):
+        """The backend as it is asked, a function of (x, w) and (x, w, low)."""
+        return getattr(OnGpu(self.name), direction)
 
     def shape(self, number: int, direction: str) -> Shape:
         """One of its shapes, for a direction."""

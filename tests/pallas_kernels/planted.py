@@ -52,16 +52,16 @@ def verdict(backend: kernels.Backend, case: Bug, module: types.ModuleType) -> st
     w = kernels.weight(shape, case.direction)
     x = kernels.rows(shape, jnp.bfloat16)
     exact = kernels.product(x, reference.dense(w, jnp.float32), case.direction)
-    low = ()
+    low = None
     if case.rank:
         h = kernels.rows(dataclasses.replace(shape, contraction=case.rank), jnp.bfloat16)
         b = kernels.rows(kernels.Shape(case.rank, 0, shape.n), jnp.bfloat16)
-        low = (LowRank(h, b),)
+        low = LowRank(h, b)
         exact = exact + kernels.product(h, b, "backward")
     seconds = STALLED if "stall" in case.caught else SURELY_STALLED
     try:
         with interpreter(backend.gpu, sms=shape.sms, seconds=seconds):
-            y = getattr(module, case.direction)(x, w, *low)
+            y = module.product(x, w, low, transposed=case.direction == "backward")
             y.block_until_ready()
     except (RuntimeError, ValueError, AssertionError) as error:
         return kind_of(error)

@@ -8,10 +8,11 @@ import pytest
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import ampere
-from pallas_kernels.nf4_matmul.mosaic import Kernel
+from pallas_kernels.nf4_matmul.on_gpu import OnGpu
 from pallas_kernels.nf4_matmul.weight import Weight
-from pallas_kernels.nf4_matmul.work import share
+from pallas_kernels.nf4_matmul.work import Kernel, share
 
+AMPERE = OnGpu("ampere")
 DIRECTIONS = {"forward": False, "backward": True}
 OUT, WIDTH = 320, 256  # of W
 
@@ -84,11 +85,11 @@ def test_an_output_that_is_not_whole_steps_is_refused_backward():
     x = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)
     with gpu.pretend(gpu.KNOWN["a100"], interpret=True):
         with pytest.raises(Unsupported, match=r"\(200, 256\): dy W takes 64 rows of W at a time"):
-            jax.eval_shape(ampere.backward, dy, like(200, 256))
-        assert jax.eval_shape(ampere.forward, x, like(200, 256)).shape == (128, 200)
+            jax.eval_shape(AMPERE.backward, dy, like(200, 256))
+        assert jax.eval_shape(AMPERE.forward, x, like(200, 256)).shape == (128, 200)
 
 
 def test_no_rows_are_no_rows():
     with gpu.pretend(gpu.KNOWN["a100"], interpret=True):
         x = jax.ShapeDtypeStruct((0, 256), jnp.bfloat16)
-        assert jax.eval_shape(ampere.forward, x, like(128, 256)).shape == (0, 128)
+        assert jax.eval_shape(AMPERE.forward, x, like(128, 256)).shape == (0, 128)

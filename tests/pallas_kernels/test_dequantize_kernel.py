@@ -74,7 +74,7 @@ def test_what_the_kernel_refuses_goes_to_the_reference(shape, block_size, reason
     np.testing.assert_array_equal(dense, dequantize_4bit(codes, absmax, **static))
 
 
-@pytest.mark.parametrize("layout", ["EIGHTS", "FOURS"])
+@pytest.mark.parametrize("layout", ["WEIGHTS", "FOURS"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
 def test_registers_are_fetched_from_the_right_lanes(kind, layout):
     """The inline PTX, executed in NumPy on registers that lie as Mosaic says: every byte of codes.

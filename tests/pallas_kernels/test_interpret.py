@@ -66,7 +66,7 @@ def test_close_to_the_oracle(backend, direction, kind, nested, dtype, block_size
     w = kernels.weight(shape, direction, kind, nested, block_size)
     x = kernels.rows(shape, DTYPES[dtype])
     with interpreter(backend.gpu, sms=shape.sms):
-        y = jax.jit(getattr(backend.module, direction))(x, w)
+        y = jax.jit(backend.run(direction))(x, w)
     assert y.dtype == dtype
     exact = kernels.product(x, reference.dense(w, jnp.float32), direction)
     assert kernels.error(y, exact) < INTERPRETED_RTOL[dtype]
@@ -84,7 +84,7 @@ def test_one_wrong_block_is_an_error(backend):
     spoiled = dataclasses.replace(w, codes=w.codes.at[place].set(w.codes[place][::-1]))
     x = kernels.rows(shape, jnp.bfloat16)
     with interpreter(backend.gpu, sms=shape.sms):
-        y = jax.jit(backend.module.forward)(x, spoiled)
+        y = jax.jit(backend.run("forward"))(x, spoiled)
     exact = kernels.product(x, reference.dense(w, jnp.float32), "forward")
     assert kernels.error(y, exact) > 2 * INTERPRETED_RTOL["bfloat16"]
 
@@ -149,7 +149,7 @@ def test_with_a_low_rank_term(backend, direction, number, rank):
     h = kernels.rows(dataclasses.replace(shape, contraction=rank), jnp.bfloat16)
     b = kernels.rows(Shape(rank, 0, shape.n), jnp.bfloat16)
     with interpreter(backend.gpu, sms=shape.sms):
-        y = jax.jit(getattr(backend.module, direction))(x, w, LowRank(h, b))
+        y = jax.jit(backend.run(direction))(x, w, LowRank(h, b))
     exact = kernels.product(x, reference.dense(w, jnp.float32), direction)
     exact += kernels.product(h, b, "backward")
     assert kernels.error(y, exact) < INTERPRETED_RTOL["bfloat16"]
@@ -191,7 +191,7 @@ def test_what_is_refused_and_why(backend, change, dtype, reason):
     shape = backend.shape(0, "forward")
     w = dataclasses.replace(kernels.weight(shape, "forward"), **change)
     with interpreter(backend.gpu, sms=1), pytest.raises(Unsupported, match=reason):
-        jax.eval_shape(backend.module.forward, kernels.rows(shape, dtype), w)
+        jax.eval_shape(backend.run("forward"), kernels.rows(shape, dtype), w)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,4 +200,4 @@ def test_without_a_gpu_it_is_refused(backend):
     w, x = kernels.weight(shape, "forward"), kernels.rows(shape, jnp.bfloat16)
     for direction in backend.directions:
         with pytest.raises(Unsupported, match="the default device is a cpu, not a GPU"):
-            getattr(backend.module, direction)(x, w)
+            backend.run(direction)(x, w)

@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.nf4_matmul import decode, fragments
 from tests.pallas_kernels import ptx
 
-EXECUTED = {("decode", "PTX"), ("fragments", "SHUFFLE"), ("fragments", "TURN")}
+EXECUTED = {
+    ("nf4_matmul.decode", "PTX"),
+    ("nf4_matmul.fragments", "SHUFFLE"),
+    ("nf4_matmul.fragments", "TURN"),
+    ("dequantize.mosaic", "PTX"),  # in test_dequantize_kernel.py
+}
 HALF = np.arange(1 << 16, dtype=np.uint32)
 # Every half word in either half, beside none, beside others, and beside all ones.
 WORDS = np.concatenate(
@@ -27,14 +33,15 @@ WORDS = np.concatenate(
 )
 
 
-def test_all_inline_ptx_is_executed_here():
-    folder = Path(decode.__file__).parent
+def test_all_inline_ptx_is_executed():
+    package = Path(pallas_kernels.__file__).parent
     written = set()
-    for path in folder.glob("*.py"):
+    for path in package.rglob("*.py"):
         if ".reg .b" in path.read_text():
-            module = importlib.import_module(f"pallas_kernels.nf4_matmul.{path.stem}")
-            texts = (name for name, text in vars(module).items() if ".reg .b" in str(text))
-            written |= {(path.stem, name) for name in texts if not name.startswith("__")}
+            name = ".".join(path.relative_to(package).with_suffix("").parts)
+            module = importlib.import_module(f"pallas_kernels.{name}")
+            texts = (text for text, value in vars(module).items() if ".reg .b" in str(value))
+            written |= {(name, text) for text in texts if not text.startswith("__")}
     assert written == EXECUTED
 
 

@@ -8,6 +8,7 @@ from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.nf4_matmul import small_m
 from pallas_kernels.nf4_matmul.cases import CASES
+from pallas_kernels.nf4_matmul.on_gpu import OnGpu
 from pallas_kernels.nf4_matmul.small_m import Plan, share
 from tests.pallas_kernels import kernels
 from tests.pallas_kernels.interpreted import interpreter
@@ -56,7 +57,7 @@ def test_a_plan_for_an_h100():
 
 def refusal(direction, shape):
     w = kernels.weight(shape, direction)
-    run = getattr(small_m, direction)
+    run = getattr(OnGpu("small_m"), direction)
     with interpreter("h100", sms=1), pytest.raises(Unsupported) as reason:
         run(kernels.rows(shape, jnp.bfloat16), w)
     return str(reason.value)

@@ -17,6 +17,7 @@ from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import registers
 from tests.pallas_kernels import ptx
 
 THREADS, WARP = 128, 32
@@ -217,7 +218,7 @@ def on(*modules: types.ModuleType) -> Iterator[None]:
         "fragmented_array": types.SimpleNamespace(FragmentedArray=fragmented),
     }
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in (registers, *modules):
             for name, fake in fakes.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, fake))
