@@ -2,7 +2,7 @@
 
 Everything is written under a temporary name beside the final one, flushed to the disk, and renamed.
 A temporary folder is locked while its writer lives, so that the ones of dead writers are known, and
-are removed by the next writer of the same name.
+are removed by the next writer of the same name. A single file is written inside such a folder too.
 """
 
 import contextlib
@@ -30,7 +30,21 @@ def new_folder(path: str | Path) -> Iterator[Path]:
       InputError: OUT-EXISTS when there is something at `path`, before or after the block.
       StorageError: OUT-FULL or OUT-WRITE when the system refuses to write.
     """
+    with appearing(Path(path).absolute()) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """As `new_folder`, for one file: the block writes the file whose temporary path it gets."""
     path = Path(path).absolute()
+    with appearing(path, inside=path.name) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def appearing(path: Path, inside: str = "") -> Iterator[Path]:
+    """Yields what becomes `path`: a claimed folder or, with `inside`, a name within one."""
     refuse_existing(path)
     made = [parent for parent in path.parents if not parent.exists()]
     done = False
@@ -38,11 +52,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with claimed(path) as temporary:
-                yield temporary
+                yield temporary / inside
                 flush_tree(temporary)
                 with locked(path.parent):
                     refuse_existing(path)
-                    temporary.rename(path)
+                    (temporary / inside).rename(path)
                 for parent in (path.parent, *(folder.parent for folder in made)):
                     flush(parent)
                 done = True

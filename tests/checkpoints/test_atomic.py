@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from qlora_jax.checkpoints import atomic
-from qlora_jax.checkpoints.atomic import new_folder, refuse_too_large, write_file
+from qlora_jax.checkpoints.atomic import new_file, new_folder, refuse_too_large, write_file
 from qlora_jax.errors import InputError, StorageError
 
 WRITER = """
 import sys, time
-from qlora_jax.checkpoints.atomic import new_folder
-with new_folder(sys.argv[1]) as folder:
-    (folder / "half").write_text("x")
+from qlora_jax.checkpoints import atomic
+with getattr(atomic, sys.argv[2])(sys.argv[1]) as new:
+    (new / "half" if sys.argv[2] == "new_folder" else new).write_text("x")
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -31,11 +31,22 @@ def test_appears_at_the_end(tmp_path):
     assert os.listdir(path.parent) == ["out"]
 
 
+def test_a_file_appears_at_the_end(tmp_path):
+    path = tmp_path / "a" / "out.gguf"
+    with new_file(path) as file:
+        file.write_text("x")
+        assert file.name == "out.gguf"
+        assert not path.exists()
+    assert path.read_text() == "x"
+    assert os.listdir(path.parent) == ["out.gguf"]
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_leaves_nothing_on_failure(tmp_path, error):
+def test_leaves_nothing_on_failure(tmp_path, error, new):
     def fail():
-        with new_folder(tmp_path / "a" / "out") as folder:
-            (folder / "file").write_text("x")
+        with new(tmp_path / "a" / "out") as path:
+            (path / "file" if new is new_folder else path).write_text("x")
             raise error
 
     with pytest.raises(error):
@@ -50,13 +61,14 @@ def test_a_folder_inside_one_that_is_being_written(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["outer", "inner", "file"]
 
 
+@pytest.mark.parametrize("new", [new_file, new_folder])
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
-def test_refuses_what_exists(tmp_path, kind):
+def test_refuses_what_exists(tmp_path, kind, new):
     path = tmp_path / "out"
     {"file": path.touch, "folder": path.mkdir, "dangling link": lambda: path.symlink_to("no")}[
         kind
     ]()
-    with pytest.raises(InputError, match=r"OUT-EXISTS.*out: exists already"), new_folder(path):
+    with pytest.raises(InputError, match=r"OUT-EXISTS.*out: exists already"), new(path):
         pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == ["out"]
 
@@ -67,10 +79,23 @@ def test_refuses_what_appeared_meanwhile(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_removes_what_a_killed_writer_left_and_only_that(tmp_path):
+def test_a_file_that_appeared_meanwhile_is_not_overwritten(tmp_path):
+    def overtaken():
+        with new_file(tmp_path / "out") as file:
+            file.write_text("new")
+            (tmp_path / "out").write_text("old")
+
+    with pytest.raises(InputError, match="OUT-EXISTS"):
+        overtaken()
+    assert (tmp_path / "out").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_removes_what_a_killed_writer_left_and_only_that(tmp_path, new):
     path = tmp_path / "out"
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-c", WRITER, path, new.__name__], stdout=subprocess.PIPE)
         for _ in range(2)
     ]
     try:
@@ -79,9 +104,10 @@ def test_removes_what_a_killed_writer_left_and_only_that(tmp_path):
         writers[0].send_signal(signal.SIGKILL)
         writers[0].wait()
         assert len(os.listdir(tmp_path)) == 2
-        with new_folder(path) as folder:
+        with new(path) as temporary:
             assert len(os.listdir(tmp_path)) == 2  # ours and the living one's
-            assert folder.parent == tmp_path
+            assert tmp_path in (temporary.parent, temporary.parent.parent)
+            temporary.touch()
     finally:
         for writer in writers:
             writer.kill()
