@@ -49,6 +49,7 @@ class GGUF:
             self.opened = self.stamp()
             header = read_header(self.file, self.opened[0], self.where)
             self.tensors, self.metadata = header.tensors, header.metadata
+            self.spans = header.spans
             architecture = Keys(self.metadata, self.where).architecture
             self.gguf_names = hugging_face_names(list(self.tensors), architecture, self.where)
             self.interleaved = ARCHITECTURES[architecture].interleaved
@@ -78,6 +79,11 @@ class GGUF:
                 where = f"{self.where}: {self.gguf_names[name]}"
                 raise InputError("GG-SHAPE", where, f"has the shape {self.shape(name)}", str(shape))
         return config
+
+    def encoded(self, key: str) -> bytes:
+        """A metadata value as it lies in the file, its type included."""
+        start, end = self.spans[key]
+        return os.pread(self.file, end - start, start)
 
     def names(self) -> list[str]:
         """All weights, in the file's order."""

@@ -46,11 +46,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself: metadata in plain Python values, tensors in file order."""
+    """What a GGUF file says of itself: metadata in plain Python values, tensors in file order.
+
+    `spans` has the bytes of each value, from its type on, so that a copy can keep them as they are.
+    """
 
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
+    spans: dict[str, tuple[int, int]]
 
 
 class Cursor:
@@ -115,8 +119,8 @@ def read_header(fd: int, size: int, where: str) -> Header:
     version = read_version(cursor)
     tensor_count = read_count(cursor, "tensors", MIN_TENSOR_ENTRY)
     key_count = read_count(cursor, "metadata keys", MIN_KEY_ENTRY)
-    metadata, alignment = read_metadata(cursor, key_count)
-    return Header(version, metadata, read_tensors(cursor, tensor_count, alignment))
+    metadata, spans, alignment = read_metadata(cursor, key_count)
+    return Header(version, metadata, read_tensors(cursor, tensor_count, alignment), spans)
 
 
 def read_version(cursor: Cursor) -> int:
@@ -153,22 +157,24 @@ def read_count(cursor: Cursor, what: str, entry_bytes: int) -> int:
     return count
 
 
-def read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], int]:
-    """Keys to values, and the alignment of the data."""
-    metadata, alignment = {}, 32
+def read_metadata(cursor: Cursor, count: int) -> tuple[dict, dict[str, tuple[int, int]], int]:
+    """Keys to values, where each value lies, and the alignment of the data."""
+    metadata, spans, alignment = {}, {}, 32
     for index in range(count):
         key = cursor.string(f"metadata key {index}", MAX_KEY)
         if not key or key in metadata:
             found = f"metadata key {index} is {'doubled: ' + key if key else 'empty'}"
             raise InputError("GG-KEY", cursor.where, found)
+        start = cursor.position
         kind = cursor.number("I", f"the type of {key}")
         metadata[key] = read_value(cursor, key, kind)
+        spans[key] = start, cursor.position
         if key == "general.alignment":
             alignment = metadata[key]
             if kind != U32 or alignment == 0 or alignment & (alignment - 1):
                 found = f"general.alignment is {alignment!r}"
                 raise InputError("GG-ALIGN", cursor.where, found, "a uint32 power of two")
-    return metadata, alignment
+    return metadata, spans, alignment
 
 
 def read_value(cursor: Cursor, key: str, kind: int) -> Any:
