@@ -1,60 +1,104 @@
-"""GGUF's names for a model's weights and Hugging Face's, with the shapes and row orders of both.
+"""GGUF's names for a model's weights and Hugging Face's, with the row orders of both.
 
 A row of ARCHITECTURES is a model family as llama.cpp names it; a tensor that the row does not list
 is refused, not skipped.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.errors import InputError
+from qlora_jax.models.families import FAMILIES
 
-ROPE_FREQUENCIES = "rope_freqs.weight"  # Llama 3's frequency factors, written instead of its rule
+# What each rotary frequency is divided by, written instead of the rule: Llama 3's, Phi 3's two.
+ROPE_FREQUENCIES = "rope_freqs.weight"
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: its Hugging Face names, and its tensors' names without `.weight`.
+    """A model family: its Hugging Face names, and its tensors' names without `.weight` or `.bias`.
 
     Attributes:
       interleaved: layer weights whose rows llama.cpp reorders for its rotary embedding.
+      rope: tensors that are no weights, but say how positions rotate.
     """
 
     model_type: str
     model_class: str
-    top: dict[str, str]
     layer: dict[str, str]
-    interleaved: tuple[str, ...]
+    top: dict[str, str]
+    interleaved: tuple[str, ...] = ()
+    rope: tuple[str, ...] = ()
 
+    @property
+    def norm_offset(self) -> float:
+        """What llama.cpp adds to the family's norm weights when it stores them."""
+        return FAMILIES[self.model_type].norm_offset
+
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GEMMA_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 ARCHITECTURES = {
     "llama": Architecture(
         model_type="llama",
         model_class="LlamaForCausalLM",
-        top={
-            "token_embd": "model.embed_tokens",
-            "output_norm": "model.norm",
-            "output": "lm_head",
-        },
+        top=TOP,
+        layer=LAYER,
+        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+        rope=(ROPE_FREQUENCIES,),
+    ),
+    "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", top=TOP, layer=LAYER),
+    "qwen3": Architecture(
+        model_type="qwen3", model_class="Qwen3ForCausalLM", top=TOP, layer=LAYER | HEAD_NORMS
+    ),
+    "gemma2": Architecture(
+        model_type="gemma2", model_class="Gemma2ForCausalLM", top=TOP, layer=LAYER | GEMMA_NORMS
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        model_class="Gemma3ForCausalLM",
+        top=TOP,
+        layer=LAYER | GEMMA_NORMS | HEAD_NORMS,
+    ),
+    "phi3": Architecture(
+        model_type="phi3",
+        model_class="Phi3ForCausalLM",
+        top=TOP,
         layer={
             "attn_norm": "input_layernorm",
-            "attn_q": "self_attn.q_proj",
-            "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj",
+            "attn_qkv": "self_attn.qkv_proj",
             "attn_output": "self_attn.o_proj",
             "ffn_norm": "post_attention_layernorm",
-            "ffn_gate": "mlp.gate_proj",
-            "ffn_up": "mlp.up_proj",
+            "ffn_up": "mlp.gate_up_proj",
             "ffn_down": "mlp.down_proj",
         },
-        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+        rope=(ROPE_LONG, ROPE_SHORT),
     ),
 }
 
 
-def hugging_face_names(tensors: list[str], architecture: str, where: str) -> dict[str, str]:
+def hugging_face_names(tensors: Iterable[str], architecture: str, where: str) -> dict[str, str]:
     """Hugging Face name of every weight -> its GGUF name, in file order.
 
     Raises:
@@ -63,7 +107,7 @@ def hugging_face_names(tensors: list[str], architecture: str, where: str) -> dic
     row = ARCHITECTURES[architecture]
     names = {}
     for name in tensors:
-        if name == ROPE_FREQUENCIES:
+        if name in row.rope:
             continue
         stem, _, suffix = name.rpartition(".")
         if stem.startswith("blk."):
@@ -72,10 +116,10 @@ def hugging_face_names(tensors: list[str], architecture: str, where: str) -> dic
             target = f"model.layers.{index}.{row.layer[part]}" if valid else None
         else:
             target = row.top.get(stem)
-        if target is None or suffix != "weight":
+        if target is None or suffix not in ("weight", "bias"):
             found = f"unknown tensor {name} for architecture {architecture}"
             raise InputError("GG-UNKNOWN", where, found)
-        names[f"{target}.weight"] = name
+        names[f"{target}.{suffix}"] = name
     return names
 
 
@@ -114,7 +158,7 @@ def split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
         Hugging Face  0 a  1 a  ...  0 b  1 b ...
 
     Args:
-      weight: (heads * head_dim, in).
+      weight: (heads * head_dim, in), or a bias (heads * head_dim,).
     """
-    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

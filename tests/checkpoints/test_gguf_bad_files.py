@@ -207,7 +207,7 @@ def test_messages_use_plain_words(opened):
             opened(build())
         return str(caught.value)
 
-    assert "unknown architecture 'mamba' (expected one of: llama)" in message(
+    assert "unknown architecture 'mamba' (expected one of: llama, qwen2, " in message(
         with_key("general.architecture", string("mamba"))
     )
     for build in (cut(12), cut(24), lambda: tiny().tobytes()[:-1]):
