@@ -1,14 +1,16 @@
-# make demo           fine-tune a real 135M model on this machine, about five minutes
-# make test           lint and every test that needs no GPU
-# make test-oldest    the kernels' tests on the oldest jax that we take
-# make compile-gpu    compile every kernel and whole training steps for GPUs that are not there
+# make demo              fine-tune a real 135M model on this machine, about five minutes
+# make test              lint and every test that needs no GPU
+# make test-reliability  thousands of damaged files, up to 20 minutes
+# make test-oldest       the kernels' tests on the oldest jax that we take
+# make compile-gpu       compile every kernel and whole training steps for GPUs that are not there
 # Each sets up an environment of its own first; the second time that costs nothing.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast test-oldest lint format compile-gpu compile-gpu-subset
+.PHONY: setup demo test test-fast test-reliability test-oldest lint format \
+  compile-gpu compile-gpu-subset
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -29,7 +31,11 @@ test: lint
 	@$(BIN)/python -m pytest --quiet
 
 test-fast: setup
-	@$(BIN)/python -m pytest --quiet -m "not gpu and not slow"
+	@$(BIN)/python -m pytest --quiet -m "not gpu and not slow and not reliability"
+
+# benchmarks/results/reliability.json is what this made.
+test-reliability: setup
+	@$(BIN)/python -m pytest --quiet -m reliability tests/reliability
 
 lint: setup
 	@$(BIN)/ruff check --quiet
