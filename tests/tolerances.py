@@ -61,3 +61,6 @@ ROUNDED_RTOL = {"bfloat16": 3e-3, "float16": 4e-4}
 
 # test_layout: float32 sums of 64 products near 1 in another order; another pair is wrong by 0.1.
 REORDERED_SUM_ATOL = 1e-4
+
+# models.rope: cosines of float32 angles of up to 200 radians, each half a unit (8e-6) off.
+ROTATION_ATOL = 2e-5

@@ -1,5 +1,6 @@
 """The public call: the loss of a frozen head by chunks of tokens, with its gradient in one pass."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,18 +35,28 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy(
-    x: Float[Array, "T D"], head: Float[Array, "V D"], labels: Int[Array, " T"]
+    x: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, " T"],
+    *,
+    softcap: float | None = None,
+    train_head: bool = False,
 ) -> CrossEntropy:
-    """Sum of -log softmax(x head^T)[label] over the labels that are not negative.
+    """Sum of -log softmax(logits)[label] over the labels that are not negative.
 
-    The head is frozen, so the gradient with respect to x is known as soon as the logits are:
-    differentiating computes both in one pass over chunks of tokens, keeps dx, and never computes
-    the logits again. Log-sum-exp and the sums are float32; products run in x's dtype.
+        logits = x head^T, or softcap * tanh(x head^T / softcap)
+
+    The gradient with respect to x is known as soon as the logits are: differentiating computes
+    both in one pass over chunks of tokens, keeps dx, and never computes the logits again. A head
+    that is trained gets its gradient in the same pass, (V, D) float32. Log-sum-exp and the sums are
+    float32; products run in x's dtype.
 
     Args:
       x: (T, D) hidden states in the compute dtype.
       head: (V, D) in the same dtype.
       labels: (T,) int32; negative labels (-100) count neither in the loss nor in the gradient.
+      softcap: the largest logit that can be; None for no bound.
+      train_head: the head has a gradient; otherwise it is frozen.
 
     Raises:
       ValueError: x and head differ in width or dtype.
@@ -55,23 +66,29 @@ def cross_entropy(
             f"cross_entropy: x is {x.dtype} {x.shape}, head is {head.dtype} {head.shape}; "
             "the widths and dtypes must be equal"
         )
-    return chunked(x, head, labels)
+    return chunked(x, head, labels, softcap, train_head)
 
 
-@jax.custom_vjp
-def chunked(x: Array, head: Array, labels: Array) -> CrossEntropy:
-    """The sums, with a gradient for x alone."""
-    return over_chunks(x, head, labels, with_gradient=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def chunked(
+    x: Array, head: Array, labels: Array, softcap: float | None, train_head: bool
+) -> CrossEntropy:
+    """The sums, with a gradient for x, and for the head when it is trained."""
+    return over_chunks(x, head, labels, softcap)[0]
 
 
-def forward(x, head, labels):
-    """The sums, and d loss / dx as what the backward pass needs."""
-    return over_chunks(x, head, labels, with_gradient=True)
+def forward(x, head, labels, softcap, train_head):
+    """The sums, and the gradients of the loss as what the backward pass needs."""
+    return over_chunks(x, head, labels, softcap, for_x=True, for_head=train_head)
 
 
-def backward(dx, cotangents):
-    """d loss / dx, scaled by what comes from behind; the other sum has no gradient."""
-    return (dx.astype(jnp.float32) * cotangents.loss).astype(dx.dtype), None, None
+def backward(softcap, train_head, gradients, cotangents):
+    """The gradients, scaled by what comes from behind; the other sum has none."""
+    dx, dhead = (
+        None if g is None else (g.astype(jnp.float32) * cotangents.loss).astype(g.dtype)
+        for g in gradients
+    )
+    return dx, None if dhead is None else dhead.astype(dx.dtype), None
 
 
 chunked.defvjp(forward, backward)
@@ -94,8 +111,15 @@ def sizes_here() -> Sizes:
     return Sizes(min(1 << math.ceil(math.log2(flops_a_byte)), LARGEST_CHUNK), None)
 
 
-def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
-    """The sums, and d loss / dx (T, D) when it is asked for, chunk after chunk."""
+def over_chunks(
+    x: Array,
+    head: Array,
+    labels: Array,
+    softcap: float | None,
+    for_x: bool = False,
+    for_head: bool = False,
+):
+    """The sums, and the loss's gradients for x (T, D) and head (V, D), None where not asked for."""
     tokens, width = x.shape
     chunk, piece = sizes_here()
     size = min(chunk, tokens)
@@ -104,11 +128,13 @@ def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
     xs = jnp.pad(x, ((0, padding), (0, 0))).reshape(count, size, width)
     ys = jnp.pad(labels, (0, padding), constant_values=-100).reshape(count, size)
 
-    def one(xy):
+    def one(dhead, xy):
         x, labels = xy
         counted = labels >= 0
         target = jnp.maximum(labels, 0)
         logits = jax.lax.dot_general(x, head, (((1,), (1,)), ((), ()))).astype(jnp.float32)
+        if softcap is not None:
+            logits = jnp.tanh(logits / softcap) * softcap
         top = logits.max(axis=1, keepdims=True)
         exps = jnp.exp(logits - top)
         total = exps.sum(axis=1, keepdims=True)
@@ -116,15 +142,27 @@ def over_chunks(x: Array, head: Array, labels: Array, with_gradient: bool):
         loss = jnp.where(counted, (top + jnp.log(total) - of_target)[:, 0], 0).sum()
         right = (counted & (of_target >= top)[:, 0]).sum().astype(jnp.float32)
         sums = CrossEntropy(loss, right)
-        if not with_gradient:
-            return sums, None
-        mean = weighted_rows((exps * (1 / total)).astype(x.dtype), head, piece)
-        dx = mean - head[target].astype(jnp.float32)
-        return sums, jnp.where(counted[:, None], dx, 0).astype(x.dtype)
+        if not for_x:
+            return dhead, (sums, None)
+        p = exps * (1 / total)
+        if softcap is None and not for_head:
+            mean = weighted_rows(p.astype(x.dtype), head, piece)
+            dx = mean - head[target].astype(jnp.float32)
+            return dhead, (sums, jnp.where(counted[:, None], dx, 0).astype(x.dtype))
+        dlogits = p - jax.nn.one_hot(target, head.shape[0])
+        if softcap is not None:
+            dlogits *= 1 - jnp.square(logits / softcap)
+        dlogits = jnp.where(counted[:, None], dlogits, 0).astype(x.dtype)
+        if for_head:
+            dhead += jax.lax.dot_general(
+                dlogits, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+        return dhead, (sums, weighted_rows(dlogits, head, piece).astype(x.dtype))
 
-    sums, dx = jax.lax.map(one, (xs, ys))
+    dhead = jnp.zeros(head.shape, jnp.float32) if for_head else None
+    dhead, (sums, dx) = jax.lax.scan(one, dhead, (xs, ys))
     sums = jax.tree.map(lambda a: a.sum(), sums)
-    return sums, None if dx is None else dx.reshape(-1, width)[:tokens]
+    return sums, (None if dx is None else dx.reshape(-1, width)[:tokens], dhead)
 
 
 def weighted_rows(

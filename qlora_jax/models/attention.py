@@ -4,6 +4,7 @@ Here is the one place that chooses how: cuDNN's kernels on a GPU where their con
 products by blocks of query rows everywhere else.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,39 +20,45 @@ from qlora_jax.models.chunked_attention import MASKED, chunked_attention
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.cudnn_attention import cudnn_attention
 from qlora_jax.models.linear import Branches, Linear
+from qlora_jax.models.norms import RMSNorm
 from qlora_jax.models.rope import rotate
+from qlora_jax.models.scores import PLAIN, Scores
 
 # In the order in which they are asked; each refusal has its reason, see `explain`.
 BACKENDS = (("cudnn", cudnn_attention), ("chunked", chunked_attention))
 
 
 class Context(NamedTuple):
-    """What all layers of one call share."""
+    """What a layer's attention needs beside its input.
+
+    Attributes:
+      window: how far one sees where layers differ and it is known only as they run, int32; None
+        where `scores` says it for all.
+    """
 
     cos: Float[Array, "B S half"]
     sin: Float[Array, "B S half"]
     segment_ids: Int[Array, "B S"] | None  # None: every row is one sequence, padded behind it
+    scores: Scores = PLAIN
+    window: Int[Array, ""] | None = None
 
 
 class Attention(nnx.Module):
     """Self-attention with rotary positions and grouped key/value heads.
 
-    Source: transformers' LlamaAttention.
+    Args:
+      linears: q_proj, k_proj, v_proj and o_proj, or qkv_proj and o_proj.
+      norms: q_norm and k_norm over the channels of a head, before it is rotated; or none.
+
+    Source: transformers' LlamaAttention, Phi3Attention and Qwen3Attention.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        q_proj: Linear,
-        k_proj: Linear,
-        v_proj: Linear,
-        o_proj: Linear,
+        self, config: ModelConfig, linears: Mapping[str, Linear], norms: Mapping[str, RMSNorm]
     ):
         self.config = config
-        self.q_proj = q_proj
-        self.k_proj = k_proj
-        self.v_proj = v_proj
-        self.o_proj = o_proj
+        for name, module in {**linears, **norms}.items():
+            setattr(self, name, module)
 
     def __call__(
         self,
@@ -62,21 +69,33 @@ class Attention(nnx.Module):
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         batch, length, _ = x.shape
-
-        def heads(name: str) -> Array:
-            y = getattr(self, name)(x, branches.get(f"self_attn.{name}"))
-            return y.reshape(batch, length, -1, self.config.head_dim)
-
-        q = rotate(heads("q_proj"), context.cos, context.sin)
-        k = rotate(heads("k_proj"), context.cos, context.sin)
-        v = heads("v_proj")
+        q, k, v = (
+            y.reshape(batch, length, -1, self.config.head_dim) for y in self.projected(x, branches)
+        )
+        if self.config.family.head_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
         if cache is None:
-            y = causal_attention(q, k, v, context.segment_ids)
+            y = causal_attention(q, k, v, context.segment_ids, context.window, context.scores)
         else:
             cache = cache.store(layer, k, v)
-            y = cached_attention(q, cache.k[layer], cache.v[layer], cache.length)
+            y = cached_attention(
+                q, cache.k[layer], cache.v[layer], cache.length, context.window, context.scores
+            )
         y = y.reshape(batch, length, -1)
         return self.o_proj(y, branches.get("self_attn.o_proj")), cache
+
+    def projected(self, x: Float[Array, "B S D"], branches: Branches) -> tuple[Array, ...]:
+        """Queries, keys and values of all heads, side by side."""
+
+        def linear(name: str) -> Array:
+            return getattr(self, name)(x, branches.get(f"self_attn.{name}"))
+
+        if not self.config.family.fused:
+            return linear("q_proj"), linear("k_proj"), linear("v_proj")
+        heads = self.config.num_attention_heads * self.config.head_dim
+        groups = self.config.num_key_value_heads * self.config.head_dim
+        return tuple(jnp.split(linear("qkv_proj"), (heads, heads + groups), axis=-1))
 
 
 def causal_attention(
@@ -84,21 +103,25 @@ def causal_attention(
     k: Float[Array, "B S K head_dim"],
     v: Float[Array, "B S K head_dim"],
     segment_ids: Int[Array, "B S"] | None = None,
+    window: Int[Array, ""] | None = None,
+    scores: Scores = PLAIN,
     backend: str | None = None,
 ) -> Float[Array, "B S H head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v over the earlier tokens of each token's own segment.
+    """softmax(scores) v over the earlier tokens of each token's own segment.
 
     No S x S scores are in memory, forward or backward.
 
     Args:
       segment_ids: tokens attend within equal ids only; 0 is padding, whose results mean nothing.
         None: every row is one sequence; padding behind it needs no mask.
+      window: a window that is known only when this runs.
+      scores: their scale, soft cap and window.
       backend: the only one to ask; by default the first of BACKENDS that takes the input.
 
     Raises:
       Unsupported: the named backend does not take this input, and why.
     """
-    return backends.dispatch(BACKENDS, q, k, v, segment_ids, backend=backend)
+    return backends.dispatch(BACKENDS, q, k, v, segment_ids, window, backend=backend, scores=scores)
 
 
 def explain(
@@ -114,7 +137,8 @@ def explain(
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (jax.ShapeDtypeStruct((rows, length, n, config.head_dim), dtype) for n in heads)
     segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32) if packed else None
-    return backends.explain(BACKENDS, q, k, v, segment_ids)
+    window = None if config.one_window else jax.ShapeDtypeStruct((), jnp.int32)
+    return backends.explain(BACKENDS, q, k, v, segment_ids, window, scores=config.scores)
 
 
 def cached_attention(
@@ -122,15 +146,23 @@ def cached_attention(
     k: Float[Array, "B K T head_dim"],
     v: Float[Array, "B K T head_dim"],
     length: Int[Array, " B"],
+    window: Int[Array, ""] | None = None,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B S H head_dim"]:
     """Attention of S new tokens, which stand at `length`.. in the cache, to all before them."""
     batch, new, n_heads, size = q.shape
     groups, room = k.shape[1:3]
     q = q.reshape(batch, new, groups, n_heads // groups, size)
-    scores = jnp.einsum("bskgd,bktd->bkgst", q, k, preferred_element_type=jnp.float32)
-    last = length[:, None] + jnp.arange(new)
-    seen = jnp.arange(room)[None, None] <= last[:, :, None]
-    scores = jnp.where(seen[:, None, None], scores * np.float32(size**-0.5), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bkgst,bktd->bskgd", weights, v, preferred_element_type=jnp.float32)
+    found = jnp.einsum("bskgd,bktd->bkgst", q, k, preferred_element_type=jnp.float32)
+    found *= np.float32(scores.scale_of(size))
+    if scores.softcap is not None:
+        found = jnp.tanh(found / scores.softcap) * scores.softcap
+    back = (length[:, None] + jnp.arange(new))[:, :, None] - jnp.arange(room)
+    seen = back >= 0
+    for width in (scores.window, window):
+        seen = seen if width is None else seen & (back < width)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], found, MASKED), axis=-1)
+    y = jnp.einsum(
+        "bkgst,bktd->bskgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     return y.reshape(batch, new, n_heads, size).astype(q.dtype)

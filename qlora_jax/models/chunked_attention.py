@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
+from qlora_jax.models.scores import PLAIN, Scores
 
 MASKED = -1e30  # a score that softmax turns to 0; -inf would make a row without keys NaN
 MOST_BANDS = 8  # bands are unrolled, so their number bounds the size of the program
@@ -47,14 +48,20 @@ class Band(NamedTuple):
     stop: int
     rows: int
 
+    def keys(self, scores: Scores) -> slice:
+        """The keys that any row sees."""
+        return slice(scores.first_key(self.start), self.stop)
+
 
 def chunked_attention(
     q: Float[Array, "B S H head_dim"],
     k: Float[Array, "B S K head_dim"],
     v: Float[Array, "B S K head_dim"],
     segment_ids: Int[Array, "B S"] | None = None,
+    window: Int[Array, ""] | None = None,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B S H head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v over the earlier tokens of each token's own segment.
+    """softmax(scores) v over the earlier tokens of each token's own segment.
 
     Scores are float32 and exist for one block of query rows at a time, against no later band:
 
@@ -66,6 +73,9 @@ def chunked_attention(
 
     Args:
       segment_ids: tokens attend within equal ids only; 0 is padding, whose results mean nothing.
+      window: a window known only when it runs, where layers of one program differ.
+      scores: scale, soft cap, and a window known when this is compiled: keys before the window of
+        a band's first row are left out of the band's products.
 
     Source: Dao and others 2022, arXiv 2205.14135 (the recomputation), in plain XLA products.
     """
@@ -76,7 +86,7 @@ def chunked_attention(
     k, v = (a.swapaxes(1, 2).reshape(batch * groups, length, size) for a in (k, v))
     if segment_ids is not None:
         segment_ids = jnp.repeat(segment_ids, groups, axis=0)
-    y = attention(q, k, v, segment_ids, form_here(length))
+    y = attention(q, k, v, segment_ids, window, form_here(length), scores)
     y = y.reshape(batch, groups, n_heads // groups, length, size).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, length, n_heads, size)
 
@@ -149,20 +159,33 @@ def product(a: Array, b: Array, over_a: int, over_b: int, dtype: DTypeLike | Non
 
 def masked_scores(
     q: Float[Array, "N G rows size"],
-    k: Float[Array, "N stop size"],
+    k: Float[Array, "N keys size"],
     segment_ids: Int[Array, "N S"] | None,
+    window: Int[Array, ""] | None,
     first: int | Array,
-) -> Float[Array, "N G*rows stop"]:
-    """Scores of the query rows from `first` on, in float32."""
+    keys: slice,
+    scores: Scores,
+) -> Float[Array, "N G*rows keys"]:
+    """Scores of the query rows from `first` on, in float32; MASKED where nothing is seen."""
     n, group, rows, size = q.shape
-    stop = k.shape[1]
-    scores = product(q.reshape(n, -1, size), k, 2, 2, jnp.float32) * np.float32(size**-0.5)
-    seen = ((first + np.arange(rows))[:, None] >= np.arange(stop))[None, None]
+    scale = np.float32(scores.scale_of(size))
+    found = product(q.reshape(n, -1, size), k, 2, 2, jnp.float32) * scale
+    if scores.softcap is not None:
+        found = jnp.tanh(found / scores.softcap) * scores.softcap
+    back = (first + np.arange(rows))[:, None] - np.arange(keys.start, keys.stop)
+    seen = (back >= 0)[None, None]
+    for width in (scores.window, window):
+        seen = seen if width is None else seen & (back < width)
     if segment_ids is not None:
         own = rows_of(segment_ids[:, None], first, rows)
-        seen = seen & (own[..., None] == segment_ids[:, None, None, :stop])
-    scores = scores.reshape(n, group, rows, stop)
-    return jnp.where(seen, scores, MASKED).reshape(n, -1, stop)
+        seen = seen & (own[..., None] == segment_ids[:, None, None, keys])
+    found = found.reshape(n, group, rows, -1)
+    return jnp.where(seen, found, MASKED).reshape(n, group * rows, -1)
+
+
+def softcap_slope(found: Float[Array, "..."], softcap: float) -> Float[Array, "..."]:
+    """How a capped score moves with the score itself; 0 where it is masked."""
+    return 1 - jnp.square(jnp.maximum(found, -softcap) / softcap)
 
 
 def mixed(
@@ -192,59 +215,79 @@ def over_rows(
     return jax.lax.optimization_barrier(product(product(identity, a, 2, 2), b, 2, 1))
 
 
-def forward(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form):
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    window: Array | None,
+    form: Form,
+    scores: Scores,
+):
     """The result, and what the backward pass needs."""
     outputs = []
     for band in bands(q.shape[2], form.rows):
-        earlier = k[:, : band.stop], v[:, : band.stop]
+        keys = band.keys(scores)
+        earlier = k[:, keys], v[:, keys]
 
-        def block(first, q, earlier=earlier):
+        def block(first, q, keys=keys, earlier=earlier):
             n, group, rows, size = q.shape
-            keys, values = earlier
-            scores = masked_scores(q, keys, segment_ids, first)
-            top = scores.max(-1, keepdims=True)
-            y, total = mixed(jnp.exp(scores - top), values, form.by_products)
+            own_k, own_v = earlier
+            found = masked_scores(q, own_k, segment_ids, window, first, keys, scores)
+            top = found.max(-1, keepdims=True)
+            y, total = mixed(jnp.exp(found - top), own_v, form.by_products)
             y = (y / total).astype(q.dtype).reshape(n, group, rows, size)
             return (y, (top + jnp.log(total)).reshape(n, group, rows)), ()
 
         outputs.append(over_blocks(band, block, (q,))[0])
     y, logsumexp = (jnp.concatenate(parts, axis=2) for parts in zip(*outputs, strict=True))
-    return y, (q, k, v, segment_ids, y, logsumexp)
+    return y, (q, k, v, segment_ids, window, y, logsumexp)
 
 
-def backward(form: Form, residuals, dy: Array):
+def backward(form: Form, scores: Scores, residuals, dy: Array):
     """Gradients for q, k and v."""
-    q, k, v, segment_ids, y, logsumexp = residuals
+    q, k, v, segment_ids, window, y, logsumexp = residuals
     n, group, length, size = q.shape
-    scale = np.float32(size**-0.5)
+    scale = np.float32(scores.scale_of(size))
     delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1)
     dq, dk, dv = [], jnp.zeros((n, size, length)), jnp.zeros((n, size, length))
     for band in bands(length, form.rows):
-        earlier = k[:, : band.stop], v[:, : band.stop]
+        keys = band.keys(scores)
+        earlier = k[:, keys], v[:, keys]
 
-        def block(first, q, dy, logsumexp, delta, earlier=earlier):
-            keys, values = earlier
-            rows = q.shape[2]
-            scores = masked_scores(q, keys, segment_ids, first)
+        def block(first, q, dy, logsumexp, delta, keys=keys, earlier=earlier):
+            rows, (own_k, own_v) = q.shape[2], earlier
+            found = masked_scores(q, own_k, segment_ids, window, first, keys, scores)
             q, dy = (a.reshape(n, -1, size) for a in (q, dy))
-            weights = jnp.exp(scores - logsumexp.reshape(n, -1, 1))
-            dweights = product(dy, values, 2, 2, jnp.float32)
-            dscores = (weights * (dweights - delta.reshape(n, -1, 1)) * scale).astype(q.dtype)
-            dq = product(dscores, keys, 2, 1).reshape(n, group, rows, size)
+            weights = jnp.exp(found - logsumexp.reshape(n, -1, 1))
+            dweights = product(dy, own_v, 2, 2, jnp.float32)
+            dscores = weights * (dweights - delta.reshape(n, -1, 1)) * scale
+            if scores.softcap is not None:
+                dscores *= softcap_slope(found, scores.softcap)
+            dscores = dscores.astype(q.dtype)
+            dq = product(dscores, own_k, 2, 1).reshape(n, group, rows, size)
             dk = over_rows(q, dscores, form.by_products)
             return dq, (dk, over_rows(dy, weights.astype(q.dtype), form.by_products))
 
         dq_band, sums = over_blocks(band, block, (q, dy, logsumexp, delta))
         dq.append(dq_band)
-        dk, dv = (a.at[:, :, : band.stop].add(b) for a, b in zip((dk, dv), sums, strict=True))
+        dk, dv = (a.at[:, :, keys].add(b) for a, b in zip((dk, dv), sums, strict=True))
     back = [a.swapaxes(1, 2).astype(q.dtype) for a in (dk, dv)]
-    return jnp.concatenate(dq, axis=2), *back, None
+    return jnp.concatenate(dq, axis=2), *back, None, None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    window: Array | None,
+    form: Form,
+    scores: Scores,
+) -> Array:
     """q (N, G, S, head_dim), k and v (N, S, head_dim), segment_ids (N, S); N = B * K."""
-    return forward(q, k, v, segment_ids, form)[0]
+    return forward(q, k, v, segment_ids, window, form, scores)[0]
 
 
 attention.defvjp(forward, backward)

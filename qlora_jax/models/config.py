@@ -2,14 +2,54 @@
 
 import dataclasses
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.errors import InputError, listed, nearest
+from qlora_jax.models import families, rope_config
 from qlora_jax.models.families import FAMILIES, Family
 from qlora_jax.models.rope import Rope
+from qlora_jax.models.scores import Scores
 
-ROPE_RULES = ("default", "llama3")
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# What every family reads.
+READ = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"),
+}
+# What is not about the mathematics of a forward pass without dropout.
+HARMLESS = {
+    *(
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+    ),
+    *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
+    *("max_sequence_length", "model_max_length", "neftune_noise_alpha", "pruned_heads"),
+    *("cache_implementation", "output_attentions", "output_hidden_states", "tie_encoder_decoder"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "head_type"),
+    *(
+        "is_llama_config",
+        "max_window_layers",
+        "rope_interleaved",
+        "auto_map",
+        "num_return_sequences",
+    ),
+}
+# Words of what a decoder computes: an unknown option with one of them is refused when it is on.
+SUSPECT = re.compile(
+    "attn|attention|rope|rotary|position|norm|scal|logit|softcap|window|expert|moe|router|bias|"
+    "residual|embed|act|head|layer|clip|multiplier|mup|alibi|query|key_|value|mlp|ffn|gate|conv"
+)
+OFF = (None, False, 0, "", [], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +57,12 @@ class ModelConfig:
     """The shape of a decoder; names and meanings are Hugging Face's.
 
     Hashable, so that a module may carry it as static data under jit.
+
+    Args:
+      local_rope: rotary positions of the layers with a window, where theirs are not `rope`.
+      windows: per layer, how many tokens back one sees, itself included; None for all.
+      attention_scale: what q k^T is multiplied by.
+      attention_softcap, logit_softcap: c of c * tanh(x / c), for scores and logits; None for none.
     """
 
     model_type: str
@@ -30,6 +76,11 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: Rope
+    local_rope: Rope | None
+    windows: tuple[int | None, ...]
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
@@ -42,6 +93,22 @@ class ModelConfig:
         """What this model's family does differently from others."""
         return FAMILIES[self.model_type]
 
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return math.sqrt(self.hidden_size) if self.family.scaled_embedding else 1.0
+
+    @property
+    def one_window(self) -> bool:
+        """Whether all layers see equally far."""
+        return len(set(self.windows)) == 1
+
+    @property
+    def scores(self) -> Scores:
+        """What all layers do to their attention scores; the window where it is one for all."""
+        window = self.windows[0] if self.one_window else None
+        return Scores(self.attention_scale, self.attention_softcap, window)
+
     @staticmethod
     def from_dict(config: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
         """Reads a config.json.
@@ -50,7 +117,7 @@ class ModelConfig:
           InputError: the architecture is unknown, a field is missing, of the wrong type or out of
             range, or an option is set that changes the mathematics and is not built here.
         """
-        return Reader(config, where).model_config()
+        return read_config(config, where)
 
 
 class Reader:
@@ -59,93 +126,25 @@ class Reader:
     def __init__(self, config: Mapping[str, Any], where: str):
         self.config, self.where = config, where
 
-    def model_config(self) -> ModelConfig:
-        family = self.family()
-        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
-        groups = self.size("num_key_value_heads", default=heads)
-        if heads % groups:
-            raise self.error(
-                "num_key_value_heads", f"{groups}", f"a divisor of num_attention_heads = {heads}"
-            )
-        if "head_dim" not in self.config and hidden % heads:
-            raise self.error("num_attention_heads", f"{heads}", f"a divisor of {hidden}")
-        self.refuse_unknown_mathematics(family)
-        return ModelConfig(
-            model_type=family.model_type,
-            vocab_size=self.size("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=self.size("intermediate_size"),
-            num_hidden_layers=self.size("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=groups,
-            head_dim=self.size("head_dim", default=hidden // heads),
-            max_position_embeddings=self.size("max_position_embeddings", default=2048),
-            rms_norm_eps=self.number("rms_norm_eps", default=1e-6),
-            rope=self.rope(),
-            tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=self.flag("attention_bias"),
-            mlp_bias=self.flag("mlp_bias"),
-            bos_token_id=self.token("bos_token_id"),
-            eos_token_ids=self.tokens("eos_token_id"),
-            pad_token_id=self.token("pad_token_id"),
-        )
-
-    def family(self) -> Family:
-        name = self.config.get("model_type")
-        if name in FAMILIES:
-            return FAMILIES[name]
-        close = nearest(str(name), FAMILIES)
-        raise InputError(
-            "CFG-ARCH",
-            self.where,
-            f"unknown architecture: model_type is {name!r}",
-            f"one of {listed(FAMILIES)}",
-            f"a model of family {close[0]}" if close else "a model of one of these families",
-        )
-
-    def refuse_unknown_mathematics(self, family: Family) -> None:
-        """An option that changes what the model computes is never passed over."""
-        for key, allowed in family.required.items():
-            value = self.config.get(key, allowed[0])
-            if value not in allowed:
-                wanted = " or ".join(repr(a) for a in allowed)
-                raise self.error(key, f"{value!r} is not supported for {family.model_type}", wanted)
-
-    def rope(self) -> Rope:
-        """`rope_parameters`, or the older pair `rope_theta` and `rope_scaling`."""
-        fields = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        if not isinstance(fields, Mapping):
-            raise self.error("rope_parameters", f"{fields!r}", "an object")
-        inner = Reader({"rope_theta": self.config.get("rope_theta", 10000.0), **fields}, self.where)
-        rule = fields.get("rope_type", fields.get("type", "default"))
-        if rule not in ROPE_RULES:
-            raise self.error("rope_type", f"unknown rule {rule!r}", f"one of {listed(ROPE_RULES)}")
-        theta = inner.number("rope_theta")
-        if rule == "default":
-            return Rope(theta)
-        return Rope(
-            theta,
-            rule,
-            inner.number("factor"),
-            inner.number("low_freq_factor"),
-            inner.number("high_freq_factor"),
-            inner.size("original_max_position_embeddings"),
-        )
-
     def size(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key, default)
+        """A whole number above 0; null means the default."""
+        value = self.config.get(key)
+        value = default if value is None else value
         if type(value) is not int or not 0 < value < 2**31:
             raise self.error(key, self.shown(key), "a whole number above 0")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.config.get(key, default)
-        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        """A finite number above 0; null means the default."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not 0 < value <= 1e30:
             raise self.error(key, self.shown(key), "a finite number above 0")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.config.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.config.get(key)
+        value = default if value is None else value
         if type(value) is not bool:
             raise self.error(key, self.shown(key), "true or false")
         return value
@@ -162,7 +161,135 @@ class Reader:
         return ids
 
     def shown(self, key: str) -> str:
-        return f"is {self.config[key]!r}" if key in self.config else "is missing"
+        return f"is {str(self.config[key])[:80]!r}" if key in self.config else "is missing"
 
-    def error(self, key: str, found: str, expected: str) -> InputError:
-        return InputError("CFG-MODEL", f"{self.where}: {key}", found, expected)
+    def error(self, key: str, found: str, expected: str, hint: str = "") -> InputError:
+        return InputError("CFG-MODEL", f"{self.where}: {key}", found, expected, hint)
+
+
+def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """`ModelConfig.from_dict`."""
+    family = family_of(config, where)
+    refuse_unknown_mathematics(config, family, where)
+    read = Reader({**family.defaults, **config}, where)
+    hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
+    groups = read.size("num_key_value_heads", default=heads)
+    if heads % groups:
+        expected = f"a divisor of num_attention_heads = {heads}"
+        raise read.error("num_key_value_heads", f"{groups}", expected)
+    if read.config.get("head_dim") is None and hidden % heads:
+        raise read.error("num_attention_heads", f"{heads}", f"a divisor of {hidden}")
+    head_dim = read.size("head_dim", default=hidden // heads)
+    layers = read.size("num_hidden_layers")
+    longest = read.size("max_position_embeddings", default=2048)
+    windows = read_windows(read, family, layers)
+    rope, local_rope = rope_config.read_ropes(read, family, head_dim, longest)
+    if len(set(windows)) == 1:
+        rope, local_rope = (rope if windows[0] is None else local_rope or rope), None
+    own = family.options
+    return ModelConfig(
+        model_type=family.model_type,
+        vocab_size=read.size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read.size("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_position_embeddings=longest,
+        rms_norm_eps=read.number("rms_norm_eps", default=1e-6),
+        rope=rope,
+        local_rope=local_rope,
+        windows=windows,
+        attention_scale=read.number("query_pre_attn_scalar", default=head_dim) ** -0.5,
+        attention_softcap=softcap(read, "attn_logit_softcapping"),
+        logit_softcap=softcap(read, "final_logit_softcapping"),
+        tie_word_embeddings=read.flag("tie_word_embeddings"),
+        attention_bias="attention_bias" in own and read.flag("attention_bias"),
+        mlp_bias="mlp_bias" in own and read.flag("mlp_bias"),
+        bos_token_id=read.token("bos_token_id"),
+        eos_token_ids=read.tokens("eos_token_id"),
+        pad_token_id=read.token("pad_token_id"),
+    )
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that `model_type` names."""
+    name = config.get("model_type")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    if name == "gemma3":
+        hint = "its text model alone, whose model_type is gemma3_text"
+        found = "model_type 'gemma3' sees images too"
+        raise InputError("CFG-ARCH", where, found, f"one of {listed(FAMILIES)}", hint)
+    close = nearest(str(name), FAMILIES)
+    raise InputError(
+        "CFG-ARCH",
+        where,
+        f"unknown architecture: model_type is {name!r}",
+        f"one of {listed(FAMILIES)}",
+        f"a model of family {close[0]}" if close else "a model of one of these families",
+    )
+
+
+def refuse_unknown_mathematics(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """An option that changes what the model computes is never passed over.
+
+    One whose name says nothing about the mathematics is passed over with a warning.
+    """
+    reader, passed = Reader({**family.defaults, **config}, where), []
+    for key, allowed in family.required.items():
+        value = reader.config.get(key)
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            wanted = " or ".join(repr(a) for a in allowed)
+            found = f"{str(value)[:80]!r} is not supported for {family.model_type}"
+            raise reader.error(key, found, wanted)
+    known = {*READ, *HARMLESS, *family.required, *family.options, *family.defaults}
+    for key, value in config.items():
+        if key in known or value in OFF:
+            continue
+        if SUSPECT.search(key):
+            close = nearest(key, known - HARMLESS)
+            hint = f"{close[0]}, if that was meant" if close else "a model without it"
+            found = f"unknown option with the value {str(value)[:80]!r}"
+            raise reader.error(key, found, f"options of {family.model_type}", hint)
+        passed.append(key)
+    if passed:
+        warnings.warn(f"{where}: not read, not known: {listed(passed)}", stacklevel=2)
+
+
+def read_windows(read: Reader, family: Family, layers: int) -> tuple[int | None, ...]:
+    """The window of each layer."""
+    kinds = read.config.get("layer_types") if "layer_types" in family.options else None
+    window, rule = read.config.get("sliding_window"), family.windows
+    if rule == families.LAST and not read.flag("use_sliding_window"):
+        window = None
+    if rule == families.NONE or (window is None and kinds is None):
+        return (None,) * layers
+    if kinds is None:
+        kinds = [SLIDING if slides(read, family, layer) else FULL for layer in range(layers)]
+    elif not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
+        expected = f"{layers} times {FULL} or {SLIDING}"
+        raise read.error("layer_types", read.shown("layer_types"), expected)
+    if SLIDING not in kinds:
+        return (None,) * layers
+    width = read.size("sliding_window")
+    return tuple(width if kind == SLIDING else None for kind in kinds)
+
+
+def slides(read: Reader, family: Family, layer: int) -> bool:
+    """Whether a layer has the window, where no `layer_types` says so."""
+    if family.windows == families.LAST:
+        return layer >= read.config.get("max_window_layers", 0)
+    if family.windows == families.ALL:
+        return True
+    own = read.config.get("sliding_window_pattern", read.config.get("_sliding_window_pattern"))
+    pattern = family.window_pattern if own is None else own
+    if type(pattern) is not int or pattern < 1:
+        raise read.error("sliding_window_pattern", f"is {pattern!r}", "a whole number above 0")
+    return (layer + 1) % pattern != 0
+
+
+def softcap(read: Reader, key: str) -> float | None:
+    """A cap, or None where there is none."""
+    return None if read.config.get(key) is None else read.number(key)

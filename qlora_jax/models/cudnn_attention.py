@@ -10,7 +10,7 @@ H100, H200 and B200 (0.11.2 has the same checks, but for the last line):
     packed segments          no. jax.nn's call takes a length a row and no segments. As a mask they
                              are S x S in memory; the packed layout behind the call is private, for
                              Hopper and later, and wants a fixed number of segments
-    sliding window           yes, on the left. No family here has one
+    sliding window           yes, where all layers have the same
     soft-capping             no: jax 0.12 alone, for Hopper and later, behind the call. As above
 
 A compiler without the GPU does not ask cuDNN itself: it takes a head_dim of 1000. So on the GPU
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
+from qlora_jax.models.scores import PLAIN, Scores
 
 DTYPES = ("bfloat16", "float16")
 
@@ -37,8 +38,10 @@ def cudnn_attention(
     k: Float[Array, "B S K head_dim"],
     v: Float[Array, "B S K head_dim"],
     segment_ids: Int[Array, "B S"] | None = None,
+    window: Int[Array, ""] | None = None,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B S H head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v over the earlier tokens of each row.
+    """softmax(scores) v over the earlier tokens of each row.
 
     Raises:
       Unsupported: a condition of the table above does not hold, or jax, XLA or cuDNN refuses.
@@ -50,6 +53,10 @@ def cudnn_attention(
         raise Unsupported("a library of the GPU cannot be interpreted on a CPU")
     if segment_ids is not None:
         raise Unsupported("packed segments would be a mask of S x S numbers in memory")
+    if window is not None:
+        raise Unsupported("layers with and without a window share one program")
+    if scores.softcap is not None:
+        raise Unsupported("scores have a soft cap")
     if q.dtype.name not in DTYPES:
         raise Unsupported(f"the dtype is {q.dtype}, not {' or '.join(DTYPES)}")
     length, size, limit = q.shape[1], q.shape[3], widest_head(target.gpu.capability)
@@ -58,9 +65,9 @@ def cudnn_attention(
     if length % 2:
         raise Unsupported(f"the length is {length}, not even")
     absent = gpu.pretended.get() is not None
-    if refusal := refusal_of_jax(q.shape, k.shape, q.dtype.name, absent):
+    if refusal := refusal_of_jax(q.shape, k.shape, q.dtype.name, scores, absent):
         raise Unsupported(refusal)
-    return attend(q, k, v)
+    return attend(q, k, v, scores)
 
 
 def widest_head(capability: tuple[int, int]) -> int:
@@ -73,14 +80,16 @@ def widest_head(capability: tuple[int, int]) -> int:
 
 
 @functools.cache
-def refusal_of_jax(q: tuple[int, ...], k: tuple[int, ...], dtype: str, absent: bool) -> str | None:
+def refusal_of_jax(
+    q: tuple[int, ...], k: tuple[int, ...], dtype: str, scores: Scores, absent: bool
+) -> str | None:
     """Why forward and backward do not compile for arrays of these shapes; None if they do.
 
     For an absent GPU they are only traced, which finds whether cuDNN is installed.
     """
 
     def both(q, k, v, dy):
-        y, back = jax.vjp(attend, q, k, v)
+        y, back = jax.vjp(functools.partial(attend, scores=scores), q, k, v)
         return y, back(dy)
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in (q, k, k, q)]
@@ -94,6 +103,15 @@ def refusal_of_jax(q: tuple[int, ...], k: tuple[int, ...], dtype: str, absent: b
     return None
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """jax's call; it scales by 1 / sqrt(head_dim)."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def attend(q: Array, k: Array, v: Array, scores: Scores) -> Array:
+    """jax's call; its window counts the tokens before one's own."""
+    before = None if scores.window is None else (scores.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scores.scale,
+        is_causal=True,
+        local_window_size=before,
+        implementation="cudnn",
+    )

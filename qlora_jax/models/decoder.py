@@ -8,12 +8,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.adapters.adapter import Adapter, Params
+from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.attention import Attention, Context
 from qlora_jax.models.cache import KVCache
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import linear_shapes, weight_shapes
+from qlora_jax.models.families import linear_shapes, norm_sizes, weight_shapes
 from qlora_jax.models.linear import Branch, Branches, Linear, matmul
 from qlora_jax.models.mlp import GatedMLP
 from qlora_jax.models.norms import RMSNorm
@@ -23,24 +23,32 @@ from qlora_jax.quantization.tensor import QuantizedTensor
 Ids = Int[Array | np.ndarray, "B S"]
 Weights = Mapping[str, Array | QuantizedTensor]
 LAYERS = "model.layers."
+FAR = 2**30  # a window that is none
 
 
 class Block(nnx.Module):
-    """One layer, or all of them stacked: attention and feed-forward, each behind a norm."""
+    """One layer, or all of them stacked: attention and feed-forward, each behind a norm.
+
+    A family with post_norms has a norm behind each of both too, before it is added to x.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights):
-        def linear(name: str) -> Linear:
-            return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights[f"{name}.weight"], config.rms_norm_eps)
-
-        self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(
-            config, *(linear(f"self_attn.{part}_proj") for part in ("q", "k", "v", "o"))
-        )
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = GatedMLP(*(linear(f"mlp.{part}_proj") for part in ("gate", "up", "down")))
+        offset = config.family.norm_offset
+        linears = {
+            name: Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+            for name in linear_shapes(config)
+        }
+        norms = {
+            name: RMSNorm(weights[f"{name}.weight"], config.rms_norm_eps, offset)
+            for name in norm_sizes(config)
+        }
+        attention, mlp = "self_attn.", "mlp."
+        self.self_attn = Attention(config, part(linears, attention), part(norms, attention))
+        self.mlp = GatedMLP(part(linears, mlp), config.family.activation)
+        self.post_norms = config.family.post_norms
+        for name, norm in norms.items():
+            if "." not in name:
+                setattr(self, name, norm)
 
     def __call__(
         self,
@@ -51,8 +59,17 @@ class Block(nnx.Module):
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         mixed, cache = self.self_attn(self.input_layernorm(x), context, branches, cache, layer)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x), branches), cache
+        if not self.post_norms:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x), branches), cache
+        x = x + self.post_attention_layernorm(mixed)
+        inner = self.mlp(self.pre_feedforward_layernorm(x), branches)
+        return x + self.post_feedforward_layernorm(inner), cache
+
+
+def part(modules: Mapping[str, nnx.Module], prefix: str) -> dict[str, nnx.Module]:
+    """The modules whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): m for k, m in modules.items() if k.startswith(prefix)}
 
 
 class Decoder(nnx.Module):
@@ -70,7 +87,8 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Variable(weights["model.embed_tokens.weight"])
         layers = {k.removeprefix(LAYERS): w for k, w in weights.items() if k.startswith(LAYERS)}
         self.layers = Block(config, layers)
-        self.norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
+        norm = weights["model.norm.weight"]
+        self.norm = RMSNorm(norm, config.rms_norm_eps, config.family.norm_offset)
         head = weights.get("lm_head.weight")
         self.lm_head = None if config.tie_word_embeddings else nnx.Variable(head)
 
@@ -114,9 +132,23 @@ class Decoder(nnx.Module):
         """(out, in) of each linear of a layer: what an adapter can be attached to."""
         return linear_shapes(self.config)
 
-    def head(self) -> Array | QuantizedTensor:
-        """The weight (V, D) that turns hidden states into logits; the embedding when tied."""
+    def head(self, adapter: Adapter | None = None) -> Array | QuantizedTensor:
+        """The weight (V, D) that turns hidden states into logits; the embedding when tied.
+
+        An adapter that holds a trained head has it before the model's.
+        """
+        if adapter is not None and (saved := adapter.params.get("lm_head")):
+            return saved["weight"]
         return (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
+
+    def embedded(self, input_ids: Ids, adapter: Adapter | None) -> Float[Array, "B S D"]:
+        """The tokens' embeddings, an adapter's before the model's, as the layers want them."""
+        table = self.embed_tokens.get_value()
+        if adapter is not None and (saved := adapter.params.get("embed_tokens")):
+            table = saved["weight"]
+        x = jnp.take(table, input_ids, axis=0).astype(self.dtype)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def __call__(
         self,
@@ -150,7 +182,9 @@ class Decoder(nnx.Module):
             cache,
             dropout_key,
         )
-        logits = matmul(x, self.head()).astype(jnp.float32)
+        logits = matmul(x, self.head(adapter)).astype(jnp.float32)
+        if cap := self.config.logit_softcap:
+            logits = jnp.tanh(logits / cap) * cap
         return logits if cache is None else (logits, cache)
 
     def hidden(
@@ -187,23 +221,28 @@ class Decoder(nnx.Module):
         real = None if segment_ids is None else segment_ids > 0
         if positions is None:
             positions = default_positions(input_ids, real, cache)
+        x = self.embedded(input_ids, adapter)
         config = self.config
-        context = Context(*rotation(config.rope, config.head_dim, positions), segment_ids)
-        x = jnp.take(self.embed_tokens.get_value(), input_ids, axis=0).astype(self.dtype)
+        rotations = rotation(config.rope, config.head_dim, positions), None
+        if config.local_rope is not None:
+            rotations = rotations[0], rotation(config.local_rope, config.head_dim, positions)
+        context = Context(*rotations[0], segment_ids, config.scores)
 
         def step(carry, inputs):
             x, cache = carry
-            block, layer, params, scales, key = inputs
+            block, layer, window, params, scales, key = inputs
             branches = layer_branches(adapter, params, scales, key)
-            return block(x, context, branches, cache, layer), None
+            own = of_layer(context, window, rotations[1])
+            return block(x, own, branches, cache, layer), None
 
         if remat == "full":
             step = jax.checkpoint(step)
         layers = config.num_hidden_layers
-        params = {} if adapter is None else transposed_B(adapter.params)
+        params = {} if adapter is None else transposed_B(adapter)
         scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
-        inputs = (self.layers, jnp.arange(layers), params, scales, keys)
+        windows = None if config.one_window else jnp.asarray(numbered(config.windows))
+        inputs = (self.layers, jnp.arange(layers), windows, params, scales, keys)
         (x, cache), _ = jax.lax.scan(step, (x, cache), inputs)
         if cache is not None:
             batch, length = input_ids.shape
@@ -212,19 +251,44 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
 
+def numbered(windows: tuple[int | None, ...]) -> np.ndarray:
+    """Windows as int32 (L,); FAR where a layer sees all."""
+    return np.array([FAR if window is None else window for window in windows], np.int32)
+
+
+def of_layer(
+    context: Context,
+    window: Int[Array, ""] | None,
+    local: tuple[Float[Array, "B S half"], Float[Array, "B S half"]] | None,
+) -> Context:
+    """One layer's context, where layers differ: its window, and the rotation of those with one."""
+    if window is None:
+        return context
+    if local is not None:
+        pairs = zip(local, (context.cos, context.sin), strict=True)
+        cos, sin = (jnp.where(window < FAR, near, far) for near, far in pairs)
+        context = context._replace(cos=cos, sin=sin)
+    return context._replace(window=window)
+
+
 def layer_branches(adapter: Adapter | None, params, scales, key) -> Branches:
     """One layer's part of an adapter, by the name of the linear that it belongs to."""
     branches = {}
     for index, (name, pair) in enumerate(sorted(params.items())):
         own = None if key is None else jax.random.fold_in(key, index)
         dropout = adapter.spec.lora_dropout
-        branches[name] = Branch(pair["A"], pair["Bt"], scales[name], dropout, own)
+        magnitude = pair.get("m")
+        branches[name] = Branch(pair["A"], pair["Bt"], scales[name], dropout, own, magnitude)
     return branches
 
 
-def transposed_B(params: Params) -> dict[str, dict[str, Array]]:
-    """The adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
-    return {name: {"A": pair["A"], "Bt": pair["B"].swapaxes(1, 2)} for name, pair in params.items()}
+def transposed_B(adapter: Adapter) -> dict[str, dict[str, Array]]:
+    """An adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
+    params = {}
+    for name in adapter.spec.targets:
+        own = dict(adapter.params[name])
+        params[name] = own | {"Bt": own.pop("B").swapaxes(1, 2)}
+    return params
 
 
 def default_positions(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+NONE, ALL, LAST, PATTERN = "none", "all", "last", "pattern"
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -19,24 +21,158 @@ class Family:
 
     Args:
       model_type: config.json's `model_type`.
+      defaults: what a key that is missing from config.json means; null is a value of its own.
       required: options of config.json that change the mathematics, each with the values for
-        which this decoder is right; the first is what a missing key means.
+        which this decoder is right.
+      options: options that are this family's own, and are read.
+      activation: of the gated feed-forward: a name of mlp.ACTIVATIONS.
+      fused: q, k, v are one matrix, and so are gate and up.
+      qkv_bias: q, k and v have a bias, whatever config.json says.
+      head_norms: each head of q and k is normalized before it is rotated.
+      post_norms: attention and feed-forward are normalized behind too, before they are added.
+      norm_offset: what is added to a stored norm weight.
+      scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
+      windows: which layers see no farther than `sliding_window`: none; all; the last, from
+        `max_window_layers` on, with `use_sliding_window`; or all but each n-th (a pattern).
+        `layer_types` wins where the family has it.
+      window_pattern: that n.
+      rope_rules: the scaling rules that the family takes, by the name in config.json.
     """
 
     model_type: str
-    required: dict[str, tuple[Any, ...]]
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    required: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    activation: str = "silu"
+    fused: bool = False
+    qkv_bias: bool = False
+    head_norms: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    windows: str = NONE
+    window_pattern: int = 0
+    rope_rules: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
+
+# Options that are on elsewhere and off here.
+NO_BIAS = {"attention_bias": (None, False), "mlp_bias": (None, False)}
+NO_CAPS = {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,)}
+SILU = {"hidden_act": (None, "silu")}
+QWEN = {**SILU, **NO_CAPS, "mlp_bias": (None, False), "use_mrope": (None, False)}
+QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+GEMMA: dict[str, Any] = {
+    "defaults": {
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+    },
+    "required": {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "use_bidirectional_attention": (None, False),
+        "mlp_bias": (None, False),
+    },
+    "options": (
+        *("attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "hidden_act"),
+    ),
+    "activation": "gelu_tanh",
+    "post_norms": True,
+    "norm_offset": 1.0,
+    "scaled_embedding": True,
+    "windows": PATTERN,
+}
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family(
             "llama",
-            required={
-                "hidden_act": ("silu",),
-                "pretraining_tp": (1, None),
-                "attention_dropout": (0.0, 0, None),
+            required={**SILU, **NO_CAPS, "pretraining_tp": (None, 1)},
+            options=("attention_bias", "mlp_bias"),
+        ),
+        Family(
+            "mistral",
+            defaults={
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "sliding_window": 4096,
             },
+            required={**SILU, **NO_CAPS, **NO_BIAS, "layer_types": (None,)},
+            options=("sliding_window",),
+            windows=ALL,
+        ),
+        Family(
+            "qwen2",
+            defaults=QWEN_DEFAULTS,
+            required={**QWEN, "attention_bias": (None, True)},
+            options=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+            qkv_bias=True,
+            windows=LAST,
+        ),
+        Family(
+            "qwen3",
+            defaults={**QWEN_DEFAULTS, "head_dim": 128},
+            required=QWEN,
+            options=(
+                *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+                "attention_bias",
+            ),
+            head_norms=True,
+            windows=LAST,
+        ),
+        Family(
+            "gemma2",
+            **{
+                **GEMMA,
+                "defaults": {
+                    **GEMMA["defaults"],
+                    "max_position_embeddings": 8192,
+                    "attn_logit_softcapping": 50.0,
+                    "final_logit_softcapping": 30.0,
+                },
+            },
+            window_pattern=2,
+        ),
+        Family(
+            "gemma3_text",
+            **{
+                **GEMMA,
+                "defaults": {**GEMMA["defaults"], "max_position_embeddings": 131072},
+                "options": (
+                    *GEMMA["options"],
+                    *("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+                ),
+            },
+            head_norms=True,
+            window_pattern=6,
+        ),
+        Family(
+            "phi3",
+            defaults={
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 4096,
+                "original_max_position_embeddings": 4096,
+            },
+            required={
+                **SILU,
+                **NO_CAPS,
+                **NO_BIAS,
+                "lm_head_bias": (None, False),
+                "full_attn_mod": (None, 1),
+                "interpolate_factor": (None, 1),
+                "layer_types": (None,),
+            },
+            options=("sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
+            fused=True,
+            windows=ALL,
+            rope_rules=("default", "longrope"),
         ),
     )
 }
@@ -47,6 +183,13 @@ def linear_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     groups = config.num_key_value_heads * config.head_dim
+    if config.family.fused:
+        return {
+            "self_attn.qkv_proj": (heads + 2 * groups, width),
+            "self_attn.o_proj": (width, heads),
+            "mlp.gate_up_proj": (2 * inner, width),
+            "mlp.down_proj": (width, inner),
+        }
     return {
         "self_attn.q_proj": (heads, width),
         "self_attn.k_proj": (groups, width),
@@ -56,6 +199,24 @@ def linear_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
     }
+
+
+def has_bias(config: "ModelConfig", linear: str) -> bool:
+    """Whether a linear of a layer has a bias."""
+    if linear.startswith("mlp"):
+        return config.mlp_bias
+    return config.attention_bias or (config.family.qkv_bias and not linear.endswith("o_proj"))
+
+
+def norm_sizes(config: "ModelConfig") -> dict[str, int]:
+    """The width of every norm of one layer, by its name inside the layer."""
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if config.family.post_norms:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    sizes = dict.fromkeys(names, config.hidden_size)
+    if config.family.head_norms:
+        sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
+    return sizes
 
 
 def weight_shapes(config: "ModelConfig") -> dict[str, Shape]:
@@ -68,11 +229,10 @@ def weight_shapes(config: "ModelConfig") -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, width)}
     for name, shape in linear_shapes(config).items():
         shapes[f"model.layers.{name}.weight"] = shape
-        biased = config.attention_bias if name.startswith("self_attn") else config.mlp_bias
-        if biased:
+        if has_bias(config, name):
             shapes[f"model.layers.{name}.bias"] = shape[:1]
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        shapes[f"model.layers.{norm}.weight"] = (width,)
+    for name, size in norm_sizes(config).items():
+        shapes[f"model.layers.{name}.weight"] = (size,)
     shapes["model.norm.weight"] = (width,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, width)

@@ -3,23 +3,27 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.lora_matmul import lora_delta, lora_matmul
 from pallas_kernels.nf4_matmul import nf4_matmul
+from qlora_jax.adapters.dora import row_norms, row_squares, stretch
 from qlora_jax.adapters.dropout import dropped
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 
 class Branch(NamedTuple):
-    """One layer's adapter of one linear: y += scale * (dropout(x) A^T) B^T."""
+    """One layer's adapter of one linear: y += scale * (dropout(x) A^T) B^T; DoRA with magnitude."""
 
     A: Float[Array, "r in"]
     Bt: Float[Array, "r out"]  # B, transposed once for all layers
     scale: Float[Array, ""]
     dropout: float = 0.0
     key: Array | None = None  # for dropout; None in evaluation
+    magnitude: Float[Array, " out"] | None = None  # DoRA's length of each row
+    magnitude: Float[Array, " out"] | None = None  # of DoRA
 
 
 Branches = dict[str, Branch]
@@ -56,12 +60,41 @@ def matmul(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor) -> Arra
 
 
 def adapted(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor, branch: Branch) -> Array:
-    """x W^T and the adapter's delta, in one product where x is the same for both."""
+    """The layer's output with its adapter; only the adapter's input is dropped from."""
     inputs = dropped(x, branch.dropout, branch.key)
-    if inputs is not x or not isinstance(weight, QuantizedTensor):
-        return matmul(x, weight) + lora_delta(inputs, branch.A, branch.Bt, branch.scale)
+    if branch.magnitude is not None:
+        return stretched(x, inputs, weight, branch)
+    if inputs is x:
+        return with_delta(x, weight, branch)
+    return matmul(x, weight) + lora_delta(inputs, branch.A, branch.Bt, branch.scale)
+
+
+def with_delta(
+    x: Float[Array, "*rows in"], weight: Array | QuantizedTensor, branch: Branch
+) -> Array:
+    """x (W + s B A)^T, for a 4-bit W in one product."""
     pair = branch.A, branch.Bt, branch.scale
-    return lora_matmul(x, weight.codes, weight.absmax, *pair, **stored_as(weight))
+    if isinstance(weight, QuantizedTensor):
+        return lora_matmul(x, weight.codes, weight.absmax, *pair, **stored_as(weight))
+    return matmul(x, weight) + lora_delta(x, *pair)
+
+
+def stretched(
+    x: Float[Array, "*rows in"],
+    inputs: Float[Array, "*rows in"],
+    weight: Array | QuantizedTensor,
+    branch: Branch,
+) -> Array:
+    """DoRA: W x + (m/n - 1) W x' + m/n s B A x', where x' is x after dropout.
+
+    As W (x - x') + m/n (W + s B A) x': without dropout the first term is none.
+    """
+    A, Bt = (jax.lax.stop_gradient(matrix) for matrix in (branch.A, branch.Bt))
+    AW = matmul(A.astype(x.dtype), weight)
+    norms = row_norms(row_squares(weight), AW, A, Bt, branch.scale)
+    ratio = stretch(branch.magnitude, norms, branch.scale)
+    y = (with_delta(inputs, weight, branch).astype(jnp.float32) * ratio).astype(x.dtype)
+    return y if inputs is x else matmul(x - inputs, weight) + y
 
 
 def stored_as(weight: QuantizedTensor) -> dict:

@@ -9,21 +9,26 @@ from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, computed in float32 whatever x's dtype.
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 whatever x's dtype.
 
     Args:
       weight: (D,), or (L, D) when layers are stacked.
       eps: config.json's `rms_norm_eps`.
+      offset: 1 for Gemma, which stores how far the weight is from 1.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467; transformers' LlamaRMSNorm.
     """
 
-    def __init__(self, weight: Array, eps: float):
+    def __init__(self, weight: Array, eps: float, offset: float = 0.0):
         self.weight = nnx.Variable(weight)
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return rms_norm(x, self.weight[...], self.eps)
+        weight = self.weight[...]
+        if self.offset:
+            weight = weight.astype(jnp.float32) + self.offset
+        return rms_norm(x, weight, self.eps)
 
 
 def plain_rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -57,19 +57,24 @@ def token_sums(
     remat: str = "none",
 ) -> tuple[CrossEntropy, Int[Array, ""]]:
     """As `loss_fn`, with the number of right guesses beside the loss."""
+    adapter = None if spec is None else Adapter(params, spec)
     hidden = model.hidden(
         batch["input_ids"],
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
-        adapter=None if spec is None else Adapter(params, spec),
+        adapter=adapter,
         dropout_key=dropout_key,
         remat=remat,
     )
     targets = next_labels(batch["labels"])
-    head = model.head()
+    head = model.head(adapter)
     dense = head.dequantize(model.dtype) if isinstance(head, QuantizedTensor) else head
     sums = cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), dense.astype(hidden.dtype), targets.reshape(-1)
+        hidden.reshape(-1, hidden.shape[-1]),
+        dense.astype(hidden.dtype),
+        targets.reshape(-1),
+        softcap=model.config.logit_softcap,
+        train_head=adapter is not None and "lm_head" in adapter.params,
     )
     return sums, (targets >= 0).sum().astype(jnp.int32)
 

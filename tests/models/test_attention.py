@@ -1,5 +1,7 @@
 """Attention: both forms of the blocks against autodiff, their memory, and who is chosen and why."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from pallas_kernels.backends import Unsupported
 from qlora_jax.models import attention, chunked_attention, cudnn_attention
 from qlora_jax.models.chunked_attention import Form, bands
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.scores import PLAIN, Scores
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 
@@ -17,15 +20,19 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def plain_attention(q, k, v, segment_ids=None):
+def plain_attention(q, k, v, segment_ids=None, scores=PLAIN):
     """Attention as the formula says it, with all scores at once."""
     length, size = q.shape[1], q.shape[3]
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
     seen = jnp.tril(jnp.ones((length, length), bool))[None]
     if segment_ids is not None:
         seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    scores = jnp.einsum("bshd,bthd->bhst", q, k) * size**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    if scores.window is not None:
+        seen = seen & jnp.triu(jnp.ones((length, length), bool), 1 - scores.window)
+    found = jnp.einsum("bshd,bthd->bhst", q, k) * (scores.scale or size**-0.5)
+    if scores.softcap is not None:
+        found = scores.softcap * jnp.tanh(found / scores.softcap)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], found, -jnp.inf), axis=-1)
     return jnp.einsum("bhst,bthd->bshd", weights, v)
 
 
@@ -60,6 +67,42 @@ def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
     autodiff = with_gradients(plain_attention, args)
     for own, plain in zip(ours, autodiff, strict=True):
         np.testing.assert_allclose(own, plain, rtol=VJP_RTOL, atol=VJP_ATOL)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 8, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_and_soft_caps_equal_autodiff(monkeypatch, packed, window, traced):
+    monkeypatch.setattr(chunked_attention, "MOST_BANDS", 3)
+    form = Form(rows=4, by_products=True)
+    monkeypatch.setattr(chunked_attention, "form_here", lambda length: form)
+    args = case(23, packed)
+    whole = Scores(scale=0.7, softcap=1.5, window=window)
+    plain = with_gradients(functools.partial(plain_attention, scores=whole), args)
+    own = {"scores": whole}
+    if traced:
+        own = {"scores": whole._replace(window=None), "window": jnp.int32(window)}
+    ours = with_gradients(functools.partial(attention.causal_attention, **own), args)
+    for found, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=VJP_RTOL, atol=VJP_ATOL)
+
+
+def test_keys_before_every_window_are_left_out():
+    scores = Scores(window=5)
+    found = [band.keys(scores) for band in bands(32, 8)]
+    assert found == [slice(0, 8), slice(4, 16), slice(12, 24), slice(20, 32)]
+
+
+@pytest.mark.parametrize("window", [1, 4, 30])
+def test_a_cache_has_the_same_windows_and_caps(window):
+    q, k, v, _ = case(12, packed=False)
+    scores = Scores(softcap=1.5, window=window)
+    expected = plain_attention(q, k, v, scores=scores)
+    room = [jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, 3), (0, 0))) for a in (k, v)]
+    for first in (0, 7):
+        length = jnp.full((2,), first)
+        found = attention.cached_attention(q[:, first:], *room, length, scores=scores)
+        np.testing.assert_allclose(found, expected[:, first:], rtol=VJP_RTOL, atol=VJP_ATOL)
 
 
 def test_a_row_of_padding_alone_is_finite():
@@ -119,18 +162,21 @@ def choice(
     length=64,
     head_dim: int = 128,
     dtype="bfloat16",
+    scores: Scores = PLAIN,
+    traced: bool = False,
 ):
     q = jax.ShapeDtypeStruct((1, length, 4, head_dim), dtype)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
+    window = jax.ShapeDtypeStruct((), jnp.int32) if traced else None
     with gpu.pretend(gpu.KNOWN[name], interpret=interpret):
-        return attention.backends.explain(attention.BACKENDS, q, q, q, ids)
+        return attention.backends.explain(attention.BACKENDS, q, q, q, ids, window, scores=scores)
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """As if jax had found cuDNN."""
     monkeypatch.setattr(cudnn_attention, "refusal_of_jax", lambda *asked: None)
-    monkeypatch.setattr(cudnn_attention, "attend", lambda q, k, v: q)
+    monkeypatch.setattr(cudnn_attention, "attend", lambda q, k, v, scores: q)
 
 
 @pytest.mark.parametrize("name", gpu.KNOWN)
@@ -150,6 +196,8 @@ def test_cudnn_takes_plain_rows_on_every_gpu(installed, name, dtype):
         ({"head_dim": 256, "name": "b200"}, "head_dim is 256, not a multiple of 8 up to 128"),
         ({"length": 63}, "the length is 63, not even"),
         ({"interpret": True}, "cannot be interpreted"),
+        ({"scores": Scores(softcap=50.0)}, "scores have a soft cap"),
+        ({"traced": True}, "layers with and without a window share one program"),
     ],
 )
 def test_blocks_take_the_rest_and_the_reason_is_kept(installed, asked, reason):
@@ -162,13 +210,17 @@ def test_a_wide_head_on_hopper(installed):
     assert choice("h100", head_dim=256).backend == "cudnn"
 
 
+def test_cudnn_takes_a_window(installed):
+    assert choice(scores=Scores(window=16)).backend == "cudnn"
+
+
 def test_without_cudnn_jax_says_so():
     assert "not cudnn: cuDNN is not detected." in str(choice())
 
 
 def test_what_does_not_compile_is_refused():
     shape = (1, 64, 4, 128)
-    assert cudnn_attention.refusal_of_jax(shape, shape, "bfloat16", absent=False)
+    assert cudnn_attention.refusal_of_jax(shape, shape, "bfloat16", PLAIN, absent=False)
 
 
 def test_on_a_cpu():

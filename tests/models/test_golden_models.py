@@ -11,9 +11,6 @@ from tests.golden_data import GOLDEN, GoldenFile
 from tests.tolerances import LOGITS_ATOL, LOSS_ATOL
 
 FOLDERS = sorted(folder.name for folder in (GOLDEN / "models").iterdir() if folder.is_dir())
-# Families that transformers has golden data for and this project does not build yet.
-NOT_YET = {"gemma2", "gemma3", "mistral", "phi3", "qwen2", "qwen3"}
-SUPPORTED = {"llama", "llama3_rope", "llama_tied"}
 
 
 def decoder(name: str) -> Decoder:
@@ -23,12 +20,7 @@ def decoder(name: str) -> Decoder:
     return Decoder.from_weights(config, weights, "float32")
 
 
-def test_every_folder_is_supported_or_listed():
-    assert set(FOLDERS) <= SUPPORTED | NOT_YET
-    assert set(FOLDERS) >= SUPPORTED
-
-
-@pytest.mark.parametrize("name", sorted(SUPPORTED))
+@pytest.mark.parametrize("name", FOLDERS)
 def test_golden_model(name):
     model = decoder(name)
     inputs = {"input_ids", "attention_mask", "prompt"}

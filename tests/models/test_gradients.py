@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.lora_matmul.delta import lora_delta, plain_lora_delta
-from qlora_jax.models.mlp import plain_swiglu, swiglu
+from qlora_jax.models.mlp import ACTIVATIONS, gated, plain_gated
 from qlora_jax.models.norms import plain_rms_norm, rms_norm
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
@@ -32,9 +33,24 @@ def test_rms_norm(strict_promotion):
     assert_same_gradients(rms_norm, plain_rms_norm, args, (0,))
 
 
-def test_swiglu(strict_promotion):
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_gated(strict_promotion, activation):
     args = normal(0, 2, 3, 16), normal(1, 2, 3, 16)
-    assert_same_gradients(swiglu, plain_swiglu, args, (0, 1))
+    assert_same_gradients(
+        lambda gate, up: gated(gate, up, activation),
+        lambda gate, up: plain_gated(gate, up, activation),
+        args,
+        (0, 1),
+    )
+
+
+def test_activations_are_jax_s():
+    x = normal(0, 64) * 3
+    for name, theirs in {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}.items():
+        ours, slope = ACTIVATIONS[name](x)
+        np.testing.assert_allclose(ours, theirs(x), rtol=VJP_RTOL, atol=VJP_ATOL)
+        expected = jax.vmap(jax.grad(theirs))(x)
+        np.testing.assert_allclose(slope, expected, rtol=VJP_RTOL, atol=VJP_ATOL)
 
 
 def test_lora_delta(strict_promotion):

@@ -35,6 +35,28 @@ def test_equals_the_reference(monkeypatch, strict_promotion, piece, tokens):
     assert not np.asarray(dx)[np.asarray(labels) < 0].any()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_a_soft_cap_and_a_trained_head(monkeypatch, strict_promotion, softcap, train_head):
+    monkeypatch.setattr(api, "sizes_here", lambda: api.Sizes(4, 16))
+    x, head, labels = case(11)
+
+    def ours(x, head):
+        found = api.cross_entropy(x, head, labels, softcap=softcap, train_head=train_head)
+        return 3.0 * found.loss, found.right
+
+    def plain(x, head):
+        loss, right = reference.cross_entropy(x, head, labels, softcap)
+        return 3.0 * loss, right
+
+    wrt = (0, 1) if train_head else (0,)
+    found, expected = (
+        jax.value_and_grad(f, argnums=wrt, has_aux=True)(x, head) for f in (ours, plain)
+    )
+    for own, plainly in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(own, plainly, rtol=VJP_RTOL, atol=VJP_ATOL)
+
+
 def test_nothing_counted_is_zero():
     x, head, _ = case(5)
     labels = jnp.full((5,), -100)

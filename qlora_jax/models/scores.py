@@ -1,0 +1,28 @@
+"""What a model family does to its attention scores: their scale, a soft cap, a window."""
+
+from typing import NamedTuple
+
+
+class Scores(NamedTuple):
+    """How q k^T becomes scores, and which keys one sees; static.
+
+    Attributes:
+      scale: what q k^T is multiplied by; None for 1 / sqrt(head_dim).
+      softcap: c of c * tanh(score / c); None for none.
+      window: how many tokens a token sees, itself included; None for all before it.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+    def scale_of(self, head_dim: int) -> float:
+        """The scale, for heads of this size."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    def first_key(self, row: int) -> int:
+        """The first key that `row` sees."""
+        return 0 if self.window is None else max(0, row - self.window + 1)
+
+
+PLAIN = Scores()
