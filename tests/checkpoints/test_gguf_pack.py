@@ -51,6 +51,23 @@ def test_any_values_pack_as_the_gguf_package_packs_them(kind, data):
     assert ours(values, kind) == theirs(values, kind)
 
 
+@pytest.mark.parametrize(("kind", "largest"), [("Q8_0", 127.0), ("Q4_0", -8.0)])
+def test_numbers_next_to_halves(kind, largest):
+    """With a scale of 1: where an eager rounding goes wrong."""
+    halves = np.arange(-7.5, 8, 1, dtype=np.float32)
+    values = np.full((3, 32), largest, np.float32)
+    for row, towards in zip(values, (-np.inf, 0, np.inf), strict=True):
+        row[1:17] = np.nextafter(halves, np.float32(towards))
+    values[1, 17:25] = halves[:8]
+    assert ours(values, kind) == theirs(values, kind)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_ties_of_the_largest_go_to_the_first(kind):
+    values = np.array([[1, -3, 3, 2] * 8, [3, 1, -3, 2] * 8], np.float32)
+    assert ours(values, kind) == theirs(values, kind)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_a_block_whose_scale_has_no_inverse_is_zero(kind):
     values = np.full((1, 32), 1e-42, np.float32)
