@@ -41,6 +41,7 @@ ONLY_IN = {
     "transformers": ["qlora_jax/data/", "tests/"],
     "tokenizers": ["qlora_jax/data/", "tests/"],
     "datasets": ["qlora_jax/data/", "tests/"],
+    "huggingface_hub": ["qlora_jax/workflows/hub.py", "tests/"],
     "jinja2": ["qlora_jax/data/", "tests/"],
     "chex": ["tests/"],
     "torch": [],

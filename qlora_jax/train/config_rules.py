@@ -122,8 +122,8 @@ UNSUPPORTED = (
     Unsupported(
         "revision",
         lambda v: v is not None,
-        "nothing is downloaded, so there is no revision to choose",
-        "the path of a folder that holds this revision",
+        "a revision is part of the model's name",
+        "model=ORG/NAME@REVISION, or the path of a folder that holds it",
     ),
     Unsupported("use_dora", lambda v: v is True, "DoRA is not trained yet", "use_dora=false"),
     Unsupported(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from qlora_jax.checkpoints.files import inside
 from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.load import Source
 from qlora_jax.checkpoints.peft import tokenizer_files
 from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.workflows.open import Source
 
 TOKENIZER = (
     "tokenizer.json",

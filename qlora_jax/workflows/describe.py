@@ -93,9 +93,8 @@ def describe(path: str | Path) -> Description:
       InputError: nothing is there, or it cannot be used: names and shapes are checked as when it
         is loaded.
     """
-    path = Path(path)
-    if (path / CONFIG).exists():
-        return describe_adapter(path)
+    if Path(path, CONFIG).exists():
+        return describe_adapter(Path(path))
     with open_source(path) as source:
         config = ModelConfig.from_dict(source.config, str(path))
         layers = config.num_hidden_layers

@@ -11,6 +11,7 @@ from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
 from qlora_jax.quantization.policy import QuantizationConfig
+from qlora_jax.workflows.hub import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,12 +20,12 @@ Source = Shards | GGUF
 
 
 def open_source(path: str | Path) -> Source:
-    """The checkpoint at `path`: a Hugging Face folder, 4-bit or not, or a GGUF file.
+    """The checkpoint at `path`: a Hugging Face folder, 4-bit or not, a GGUF file, or a Hub id.
 
     Raises:
-      InputError: nothing is there, or what is there is neither.
+      InputError: nothing is there, or what is there is neither; HUB-... as in workflows/hub.py.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         return Shards(path)
     if path.suffix == ".gguf" and path.exists():
@@ -37,8 +38,8 @@ def open_source(path: str | Path) -> Source:
         "MODEL-MISSING",
         path,
         "missing: no such folder or file",
-        "a Hugging Face folder or a .gguf file on this machine",
-        "a download of the model first, then the path of its folder",
+        "a Hugging Face folder, a .gguf file, or an id of the Hub such as Qwen/Qwen3-0.6B",
+        "check the path",
     )
 
 
@@ -60,7 +61,8 @@ def load(
     and little more. A checkpoint that is 4-bit already is taken bit for bit.
 
     Args:
-      path: a Hugging Face folder, one that `qlora-jax quantize` or bitsandbytes wrote, or a .gguf.
+      path: a Hugging Face folder, one that `qlora-jax quantize` or bitsandbytes wrote, a .gguf,
+        or an id of the Hub, `org/name` or `org/name@revision`: see workflows/hub.py.
       quantization: nf4, fp4 or int4; a QuantizationConfig; None keeps every weight dense.
       double_quant: quantize the block scales too (with a name in `quantization`).
       block_size: weights that share a scale (with a name in `quantization`).
@@ -85,7 +87,7 @@ def load(
             on_weight=on_weight,
         )
         metadata = source.metadata if isinstance(source, GGUF) else None
-        tokenizer = load_tokenizer(path, metadata, vocab_size=model.config.vocab_size)
+        tokenizer = load_tokenizer(source.path, metadata, vocab_size=model.config.vocab_size)
     return model, tokenizer
 
 

@@ -80,7 +80,7 @@ def open_as_trained(
     """(model, tokenizer, why so): the tokenizer and template are the adapter's, if it has them.
 
     Args:
-      path: a model's folder or a .gguf file.
+      path: a model's folder, a .gguf file, or an id of the Hub.
       adapter: a PEFT folder; it is not loaded here.
       progress: called after each tensor with (done, total, name).
       **how: as for `choose`.
@@ -94,7 +94,7 @@ def open_as_trained(
     with open_source(path) as source:
         choice = choose(source, adapter, **how)
         metadata = source.metadata if isinstance(source, GGUF) else None
-        home = path
+        home = source.path
         if adapter is not None and has_tokenizer(companions(adapter)):
             home, metadata = adapter, None
         model = load_model(
