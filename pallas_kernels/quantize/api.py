@@ -29,9 +29,11 @@ def quantize_4bit(
 
         weights   w0 w1 | w2 w3 | ...      codes   c0<<4|c1   c2<<4|c3   ...
 
-    A block with NaN or infinity has an absmax that is not finite, and codes that mean nothing:
-    check `absmax`. A block of zeros keeps absmax 0 and comes back as zeros. A block whose largest
-    magnitude is under 1.2e-38 (float32's smallest normal) may come back as zeros too.
+    `w` must be finite: a block with infinity has that absmax, and codes that mean nothing; a NaN
+    may leave no trace at all (XLA's reduction on a CPU loses some).
+
+    A block of zeros keeps absmax 0 and comes back as zeros. A block whose largest magnitude is
+    under 1.2e-38 (float32's smallest normal) may come back as zeros too.
 
     Args:
       w: (out, in) in float32, bfloat16 or float16.

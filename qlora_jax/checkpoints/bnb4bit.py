@@ -1,6 +1,7 @@
 """4-bit weights as bitsandbytes serializes them, read and written bit for bit.
 
-    NAME                                uint8 (ceil(n / 2), 1)   two codes a byte, n = out * in
+    NAME                                uint8 (ceil(n / 2), 1)   two codes a byte, n = out * in;
+                                        the same bytes may be stored as another dtype (..., 1)
     NAME.absmax                         float32 (blocks,), or uint8 when double-quantized (nested)
     NAME.quant_map                      float32 (16,)            what each code stands for
     NAME.nested_absmax                  float32 (ceil(blocks / 256),)
@@ -13,8 +14,8 @@ Behaviour: `QuantState.as_dict` and `from_dict` of bitsandbytes 0.50; `int4` is 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,17 +40,28 @@ FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 MAP_ATOL = 1e-6  # bitsandbytes calls states with maps this close equal
 U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
+STORAGES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # dtype of codes: bytes
+UNKNOWN = math.nan  # the offset of scales that are not made yet
+LONGEST = -2.2250738585072014e-308  # no float has more letters
 
 
 @dataclass(frozen=True)
 class QuantState:
-    """What one 4-bit weight's JSON says: dense `shape` and `dtype`; `offset` None if not nested."""
+    """What one 4-bit weight's JSON says: dense `shape` and `dtype`; `offset` None if not nested.
+
+    An `offset` of UNKNOWN stands for one that is known only when the weight is quantized.
+    """
 
     kind: str
     block_size: int
     dtype: str
     shape: tuple[int, ...]
     offset: float | None
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the offset is not known yet."""
+        return self.offset is not None and math.isnan(self.offset)
 
     @property
     def blocks(self) -> int:
@@ -156,10 +168,16 @@ def read_state(source: Shards, name: str, keys: set[str], names: set[str]) -> Qu
         raise wrong("W4-KEYS", where, f"missing {listed(sorted(missing))}")
     if extra := keys - wanted:
         raise wrong("W4-KEYS", where, f"unknown {listed(sorted(extra))}")
+    nbytes = math.prod(specs.pop("")[1])
+    stored, shape = source.dtype(name), source.shape(name)
+    size = STORAGES.get(stored)
+    if not size or nbytes % size or shape != (nbytes // size, 1):
+        text = f"weight is {stored} of shape {shape}"
+        raise wrong("W4-SHAPE", where, text, f"uint8 of shape {(nbytes, 1)}, or the same bytes")
     for suffix, (dtype, shape) in specs.items():
-        tensor = f"{name}.{suffix}" if suffix else name
+        tensor = f"{name}.{suffix}"
         if (source.dtype(tensor), source.shape(tensor)) != (dtype.name, shape):
-            text = f"{suffix or 'weight'} is {source.dtype(tensor)} of shape {source.shape(tensor)}"
+            text = f"{suffix} is {source.dtype(tensor)} of shape {source.shape(tensor)}"
             raise wrong("W4-SHAPE", where, text, f"{dtype.name} of shape {shape}")
     for suffix, values in state.maps().items():
         if not np.abs(source.read(f"{name}.{suffix}") - values).max() <= MAP_ATOL:
@@ -205,8 +223,16 @@ def check_state(fields: dict[str, Any], key: str, where: str) -> QuantState:
     return QuantState(kind, block_size, dtype, tuple(shape), offset)
 
 
-def read_packed(source: Shards, names: list[str], states: list[QuantState]) -> QuantizedTensor:
+def read_packed(
+    source: Shards,
+    names: list[str],
+    states: list[QuantState],
+    on_read: Callable[[str], None] = lambda name: None,
+) -> QuantizedTensor:
     """The 4-bit weights `names`, alike but for their offsets, as one; leaves (len(names), ...).
+
+    Args:
+      on_read: called with each name when that weight is read.
 
     Raises:
       InputError: W-FINITE for a scale that is NaN or Inf.
@@ -221,6 +247,7 @@ def read_packed(source: Shards, names: list[str], states: list[QuantState]) -> Q
         source.read_into(f"{name}.absmax", absmax[i])
         if first.offset is not None:
             source.read_into(f"{name}.nested_absmax", nested[i])
+        on_read(name)
     key, scales = ("absmax", absmax) if first.offset is None else ("nested_absmax", nested)
     for name, values in zip(names, scales, strict=True):
         check_finite(values.reshape(-1), str(source.path), f"{name}.{key}")
@@ -238,27 +265,35 @@ def read_packed(source: Shards, names: list[str], states: list[QuantState]) -> Q
     )
 
 
-def states_of(tensor: QuantizedTensor, count: int) -> list[QuantState]:
-    """The state of each of the `count` layers of a weight."""
-    offsets: Iterable[float | None] = [None] * count
-    if isinstance(tensor.absmax, DoubleQuantized):
-        offsets = np.asarray(tensor.absmax.offset).reshape(count).tolist()
-    shape = tuple(tensor.shape)
-    return [QuantState(tensor.kind, tensor.block_size, tensor.dtype, shape, o) for o in offsets]
+def state_of(tensor: QuantizedTensor) -> QuantState:
+    """The state of one 4-bit matrix."""
+    nested = isinstance(tensor.absmax, DoubleQuantized)
+    offset = float(tensor.absmax.offset) if nested else None
+    return QuantState(tensor.kind, tensor.block_size, tensor.dtype, tuple(tensor.shape), offset)
 
 
 def packed_specs(name: str, state: QuantState) -> dict[str, Spec]:
-    """Names, dtypes and shapes of all tensors that one 4-bit weight becomes."""
+    """Names, dtypes and shapes of all tensors that one 4-bit weight becomes.
+
+    The JSON of a state whose offset is not known has the most bytes that it can have.
+    """
     specs = {f"{name}.{key}" if key else name: spec for key, spec in state.specs().items()}
-    return specs | {f"{name}.{STATE}{state.kind}": (U8, state.to_json().shape)}
+    longest = replace(state, offset=LONGEST) if state.unknown else state
+    return specs | {state_key(name, state): (U8, longest.to_json().shape)}
 
 
-def packed_arrays(name: str, state: QuantState, leaves: QuantizedTensor) -> dict[str, np.ndarray]:
-    """The tensors of `packed_specs`: of one layer, in bitsandbytes' code order, in NumPy."""
-    arrays = {name: leaves.codes.reshape(-1, 1), f"{name}.{STATE}{state.kind}": state.to_json()}
+def packed_arrays(name: str, tensor: QuantizedTensor) -> dict[str, np.ndarray]:
+    """The tensors of `packed_specs`: of one matrix, in bitsandbytes' code order, in NumPy."""
+    state = state_of(tensor)
+    arrays = {name: tensor.codes.reshape(-1, 1), state_key(name, state): state.to_json()}
     arrays |= {f"{name}.{key}": values for key, values in state.maps().items()}
     if state.offset is None:
-        return arrays | {f"{name}.absmax": leaves.absmax.reshape(-1)}
-    nested = leaves.absmax
+        return arrays | {f"{name}.absmax": tensor.absmax.reshape(-1)}
+    nested = tensor.absmax
     arrays[f"{name}.absmax"] = nested.codes.reshape(-1)
     return arrays | {f"{name}.nested_absmax": nested.absmax.reshape(-1)}
+
+
+def state_key(name: str, state: QuantState) -> str:
+    """The name of the JSON of a 4-bit weight."""
+    return f"{name}.{STATE}{state.kind}"

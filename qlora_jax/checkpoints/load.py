@@ -1,7 +1,9 @@
 """Loads a model's weights: checked, quantized and stacked, one tensor in memory at a time."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,9 +12,17 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul.layout import prepack
 from qlora_jax.checkpoints.aligned import aligned_empty
-from qlora_jax.checkpoints.bnb4bit import QuantState, is_4bit, is_beside, read_packed, read_states
+from qlora_jax.checkpoints.bnb4bit import (
+    UNKNOWN,
+    QuantState,
+    is_4bit,
+    is_beside,
+    read_packed,
+    read_states,
+)
 from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
-from qlora_jax.checkpoints.names import LAYERS, TIED, name_table
+from qlora_jax.checkpoints.names import LAYERS, TIED, hugging_face_names, name_table, split
+from qlora_jax.checkpoints.safetensors_header import Spec
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
@@ -21,7 +31,7 @@ from qlora_jax.quantization.tensor import QuantizedTensor, quantize
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
-Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 OnWeight = Callable[[str, np.ndarray, QuantizedTensor], None]
 
 
@@ -50,54 +60,87 @@ def load_weights(
 ) -> dict[str, jax.Array | QuantizedTensor]:
     """All weights of a model by stacked name, layers along a leading axis L.
 
-    Names and shapes are checked before anything is read. Peak memory is the result and about two
-    dense tensors. A 4-bit source enters as it is stored, never quantized again.
+    Peak memory is the result and about two dense tensors.
 
     Args:
-      source: `Shards` or `GGUF`.
-      model_config: gives the expected names and shapes.
-      quantization: which weights become 4-bit, and how; None leaves a dense source dense.
-      dtype: of the weights that stay dense.
       layout: the code order that the kernels of this backend want, "bnb" or "halves".
-      progress: called after each tensor with (done, total, name).
-      on_weight: called with each weight that is quantized: Hugging Face name, dense (out, in),
-        QuantizedTensor.
+      others: as for `Loader`.
 
     Raises:
-      InputError: W-UNKNOWN, W-MISSING, W-DOUBLE, W-SHAPE, W-DTYPE, W-TIED, W-FINITE (tensor and
-        first index), W4-... for a 4-bit source, and what the source raises.
+      InputError: as `Loader`, W-FINITE (tensor and first index), and what the source raises.
     """
-    loader = Loader(source, model_config, quantization, dtype, progress, on_weight)
+    loader = Loader(
+        source, model_config, quantization, dtype, progress=progress, on_weight=on_weight
+    )
     result = {}
     for stacked in loader.table:
-        weight = loader.weight(stacked)
+        weight = loader.stacked(stacked)
         if isinstance(weight, QuantizedTensor):
             weight = in_layout(weight, layout)
         result[stacked] = jax.device_put(weight)
     return jax.block_until_ready(result)
 
 
-class Loader:
-    """What `load_weights` knows while it works; made only when names and shapes are right."""
+def source_dtype(source: Source) -> str:
+    """The dtype of a source's dense weights: that of its embeddings; float32 for GGUF's blocks."""
+    found = source.dtype(EMBEDDINGS) if EMBEDDINGS in source.names() else "float32"
+    return "float32" if found == "float64" else found
 
-    def __init__(self, source, model_config, quantization, dtype, progress, on_weight):
+
+class Loader:
+    """The weights of a source, read when asked for; made only when names and shapes are right.
+
+    A 4-bit source enters as it is stored, never quantized again.
+
+    Args:
+      source: `Shards` or `GGUF`.
+      model_config: gives the expected names and shapes.
+      quantization: which weights become 4-bit, and how; None leaves a dense source dense.
+      dtype: of the weights that stay dense.
+      progress: called after each tensor with (bytes done, bytes in all, name).
+      on_weight: called with each weight that is quantized: Hugging Face name, dense (out, in),
+        QuantizedTensor.
+
+    Attributes:
+      table: stacked name -> the source's name of every layer.
+      own: Hugging Face name -> the source's name, all of one layer, then the next layer.
+
+    Raises:
+      InputError: W-UNKNOWN, W-MISSING, W-DOUBLE, W-SHAPE, W-DTYPE, W-TIED; W4-... for a 4-bit
+        source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        model_config: ModelConfig,
+        quantization: QuantizationConfig | None = None,
+        dtype: str = "bfloat16",
+        *,
+        progress: Progress | None = None,
+        on_weight: OnWeight | None = None,
+    ):
         self.source, self.where = source, str(source.path)
         self.quantization, self.dtype = quantization, jnp.dtype(dtype)
         self.progress, self.on_weight = progress, on_weight
         packed = is_4bit(source.config, self.where)
         self.states = read_states(source) if packed else {}
         names = [name for name in source.names() if not (packed and is_beside(name))]
-        shapes = weight_shapes(model_config)
-        self.table = name_table(names, shapes, model_config.num_hidden_layers, self.where)
-        self.done, self.total = 0, sum(map(len, self.table.values()))
+        layers, self.shapes = model_config.num_hidden_layers, weight_shapes(model_config)
+        self.table = name_table(names, self.shapes, layers, self.where)
+        self.own = {
+            name: self.table[stacked][split(name)[1] or 0]
+            for name, stacked in hugging_face_names(self.shapes, layers).items()
+        }
+        self.done, self.total = 0, sum(map(self.nbytes, self.own.values()))
         for stacked, of_layers in self.table.items():
             for name in of_layers:
-                self.check_shape(name, shapes[stacked])
+                self.check_shape(name, self.shapes[stacked])
             self.check_alike(of_layers)
         if quantization is not None:
             for name, state in self.states.items():
                 refuse_other_quantization(state, quantization, f"{self.where}: {name}")
-        if TIED in names and TIED not in shapes:
+        if TIED in names and TIED not in self.shapes:
             self.check_tied()
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
@@ -123,56 +166,104 @@ class Loader:
     def check_tied(self) -> None:
         """A tied model may still carry lm_head, if it is the embeddings."""
         head, embeddings = self.source.read(TIED), self.source.read(EMBEDDINGS)
-        if not np.array_equal(head, embeddings):
+        rows = range(0, max(len(head), len(embeddings)), 1024)  # not one mask for all of it
+        if not all(np.array_equal(head[i : i + 1024], embeddings[i : i + 1024]) for i in rows):
             found = f"differs from {EMBEDDINGS}, though config.json says tie_word_embeddings"
             hint = 'set "tie_word_embeddings": false in config.json'
             raise InputError("W-TIED", f"{self.where}: {TIED}", found, "equal weights", hint)
 
-    def weight(self, stacked: str) -> np.ndarray | QuantizedTensor:
-        """One weight of all layers, in host memory."""
-        names, layered = self.table[stacked], stacked.startswith(LAYERS)
-        if names[0] in self.states:
-            weight = read_packed(self.source, names, [self.states[name] for name in names])
-            self.advance(stacked, len(names))
-        elif self.quantization and not self.states and self.quantization.covers(stacked):
-            weight = stack(self.quantized(names), len(names))
-        elif not layered:
-            return self.read(stacked, self.dtype)
-        else:
-            weight = stack((self.read(name, self.dtype) for name in names), len(names))
-        return weight if layered else jax.tree.map(lambda leaf: leaf[0], weight)
+    def plan(self) -> dict[str, QuantState | Spec]:
+        """What each weight becomes, by Hugging Face name: a 4-bit state, or dtype and shape."""
+        return {name: self.planned(own) for name, own in self.own.items()}
 
-    def quantized(self, names: list[str]) -> Iterator[QuantizedTensor]:
-        """Each layer in 4 bits, its dense array already dropped."""
-        found = {self.source.dtype(name) for name in names}
+    def planned(self, name: str) -> QuantState | Spec:
+        stacked, how = split(name)[0], self.quantization
+        shape = tuple(self.shapes[stacked])
+        if name in self.states:
+            return self.states[name]
+        if not self.covers(name):
+            return self.dtype, shape
+        offset = UNKNOWN if how.double_quant else None
+        return QuantState(how.kind, how.block_size, self.read_dtype(name).name, shape, offset)
+
+    def covers(self, name: str) -> bool:
+        """Whether a dense weight is quantized on the way in."""
+        return bool(self.quantization and not self.states and self.quantization.covers(name))
+
+    def read_dtype(self, name: str) -> np.dtype:
+        """What a weight is quantized from, or stays: one dtype for all layers."""
+        if not self.covers(name):
+            return self.dtype
+        found = {self.source.dtype(layer) for layer in self.table[split(name)[0]]}
         dtype = found.pop() if len(found) == 1 else "float32"
-        dtype = jnp.dtype("float32" if dtype == "float64" else dtype)
-        how = self.quantization
-        for name in names:
-            dense = self.read(name, dtype)
-            tensor = quantize(
-                jax.device_put(dense),
-                kind=how.kind,
-                block_size=how.block_size,
-                double_quant=how.double_quant,
-            )
-            if self.on_weight:
-                self.on_weight(name, dense, tensor)
-            del dense
-            yield tensor
+        return jnp.dtype("float32" if dtype == "float64" else dtype)
 
-    def read(self, name: str, dtype: np.dtype) -> np.ndarray:
-        """One dense weight in `dtype`, finite."""
+    def weights(self) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
+        """(Hugging Face name, weight) of every weight, in host memory, one at a time."""
+        weights = self.each(self.own.values())
+        for name in self.own:
+            yield name, next(weights)  # not by zip, which keeps the last one
+
+    def stacked(self, stacked: str) -> np.ndarray | QuantizedTensor:
+        """One weight of all layers, in host memory."""
+        names = self.table[stacked]
+        if not stacked.startswith(LAYERS):
+            (weight,) = self.each(names)
+            return weight
+        if names[0] in self.states:
+            states = [self.states[name] for name in names]
+            return read_packed(self.source, names, states, self.advance)
+        return stack(self.each(names), len(names))
+
+    def each(self, names: Iterable[str]) -> Iterator[np.ndarray | QuantizedTensor]:
+        """The weights `names` of the source; each is read while the one before is quantized."""
+        for name, read in one_ahead((name, self.read(name)) for name in names):
+            yield self.quantized(name, read) if self.covers(name) else read
+            del read  # before the one behind the next is read
+            self.advance(name)
+
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        """One weight: packed as it is stored, or dense, cast and finite."""
+        if name in self.states:
+            packed = read_packed(self.source, [name], [self.states[name]])
+            return jax.tree.map(lambda leaf: leaf[0], packed)
         with np.errstate(over="ignore"):  # float16's range: reported as not finite
-            array = self.source.read(name).astype(dtype, copy=False)
+            array = self.source.read(name).astype(self.read_dtype(name), copy=False)
         check_finite(array, self.where, name)
-        self.advance(name)
         return array
 
-    def advance(self, name: str, count: int = 1) -> None:
-        self.done += count
+    def quantized(self, name: str, dense: np.ndarray) -> QuantizedTensor:
+        """One weight in 4 bits."""
+        how = self.quantization
+        tensor = quantize(
+            jax.device_put(dense),
+            kind=how.kind,
+            block_size=how.block_size,
+            double_quant=how.double_quant,
+        )
+        if self.on_weight:
+            self.on_weight(name, dense, tensor)
+        return jax.tree.map(np.asarray, tensor)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a weight as it is read, scales and tables included."""
+        if name in self.states:
+            return sum(math.prod(s) * d.itemsize for d, s in self.states[name].specs().values())
+        return math.prod(self.source.shape(name)) * jnp.dtype(self.source.dtype(name)).itemsize
+
+    def advance(self, name: str) -> None:
+        self.done += self.nbytes(name)
         if self.progress:
             self.progress(self.done, self.total, name)
+
+
+def one_ahead[Item](items: Iterator[Item]) -> Iterator[Item]:
+    """The items; each is made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def stack(trees: Iterator[Any], count: int) -> Any:

@@ -62,6 +62,7 @@ def save_merged(
             check_finite(array, where, name)
             writer.write(name, array)
             seen.add(name)
+            del array  # before the one behind the next is made
         if missing := specs.keys() - seen:
             raise InputError("W-MISSING", where, f"missing weights: {listed(sorted(missing))}")
 

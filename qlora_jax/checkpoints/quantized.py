@@ -1,15 +1,14 @@
 """Writes a 4-bit model as a folder that transformers opens: quantized once, opened in seconds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from qlora_jax.checkpoints.bnb4bit import packed_arrays, packed_specs, states_of
-from qlora_jax.checkpoints.names import LAYERS, layer_names
-from qlora_jax.checkpoints.write_shards import SHARD_BYTES, model_folder
+from qlora_jax.checkpoints.bnb4bit import QuantState, packed_arrays, packed_specs, state_key
+from qlora_jax.checkpoints.safetensors_header import Spec
+from qlora_jax.checkpoints.write_shards import SHARD_BYTES, Content, model_folder
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor
 
@@ -17,63 +16,56 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def save_quantized(
-    weights: Mapping[str, Any],
+    plan: Mapping[str, QuantState | Spec],
+    weights: Iterable[tuple[str, np.ndarray | QuantizedTensor]],
     config: Mapping[str, Any],
     out: str | Path,
     *,
-    extra_files: Mapping[str, bytes | Path] | None = None,
+    extra_files: Mapping[str, Content] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes weights, 4-bit and dense, in bitsandbytes' serialized format; never overwrites.
 
-    Appears whole or not at all, and is read again and compared before it does. One stacked weight
-    is on the host at a time.
+    Appears whole or not at all, and is read again and compared before it does. One weight is in
+    memory at a time.
+
+    transformers opens nf4 and fp4 in any block size, since each weight's own JSON names it; int4 is
+    a kind of ours, which only this library opens.
 
     Args:
-      weights: stacked name -> array or QuantizedTensor, leading axis L where there are layers;
-        dense arrays are written in their own dtype.
-      config: config.json of the dense model; quantization_config is added as transformers has it.
+      plan: Hugging Face name -> what the weight becomes: `Loader.plan`.
+      weights: (name, weight) of each, made one at a time, with NumPy leaves: `Loader.weights`.
+      config: config.json of the model; quantization_config is added as transformers has it, or
+        kept as the source had it.
       out: a path where nothing is yet.
-      extra_files: file name -> bytes, or the path of a file to copy: the tokenizer's, for instance.
+      extra_files: as for `model_folder`: the tokenizer's, for instance.
       shard_bytes: more than this is split into shards with an index.
 
     Raises:
       InputError: OUT-EXISTS; W4-MIXED when the weights do not share kind and double quantization.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
-    layers = config["num_hidden_layers"]
-    specs, states = {}, {}
-    for stacked, weight in weights.items():
-        names = layer_names(stacked, layers)
-        if isinstance(weight, QuantizedTensor):
-            states[stacked] = states_of(weight, len(names))
-            for name, state in zip(names, states[stacked], strict=True):
-                specs |= packed_specs(name, state)
-        else:
-            shape = weight.shape[1:] if stacked.startswith(LAYERS) else weight.shape
-            specs |= dict.fromkeys(names, (np.dtype(weight.dtype), tuple(shape)))
-    dense = np.dtype(weights[EMBEDDINGS].dtype).name
-    config = {**config, "dtype": dense, "quantization_config": quantization_config(states, dense)}
+    states = {name: how for name, how in plan.items() if isinstance(how, QuantState)}
+    specs: dict[str, Spec] = {}
+    for name, how in plan.items():
+        specs |= packed_specs(name, how) if name in states else {name: how}
+    open_ended = [state_key(name, state) for name, state in states.items() if state.unknown]
+    dense = plan[EMBEDDINGS][0].name
+    own = config.get("quantization_config", {})
+    own = {**quantization_config(states, dense), **own, "bnb_4bit_quant_storage": "uint8"}
+    config = {**config, "dtype": dense, "quantization_config": own}
     config.pop("torch_dtype", None)
-    with model_folder(out, config, specs, extra_files or {}, shard_bytes) as writer:
-        for stacked, weight in weights.items():
-            names = layer_names(stacked, layers)
-            layered = stacked.startswith(LAYERS)
-            weight = jax.tree.map(np.asarray, weight)
-            if isinstance(weight, QuantizedTensor):
-                weight = weight.unpack()  # in NumPy: nothing to compile
-            for i, name in enumerate(names):
-                one = jax.tree.map(lambda leaf, i=i: leaf[i], weight) if layered else weight
-                arrays = {name: one}
-                if stacked in states:
-                    arrays = packed_arrays(name, states[stacked][i], one)
-                for key, array in arrays.items():
-                    writer.write(key, array)
+    with model_folder(out, config, specs, extra_files or {}, shard_bytes, open_ended) as writer:
+        for name, weight in weights:
+            arrays = packed_arrays(name, weight) if name in states else {name: weight}
+            for key, array in arrays.items():
+                writer.write(key, array)
+            del weight, arrays, array  # before the one behind the next is read
 
 
-def quantization_config(states: Mapping[str, list], compute_dtype: str) -> dict[str, Any]:
+def quantization_config(states: Mapping[str, QuantState], compute_dtype: str) -> dict[str, Any]:
     """config.json's `quantization_config`, with the keys and defaults of transformers 5."""
-    kinds = {(s.kind, s.offset is not None) for of_layers in states.values() for s in of_layers}
+    kinds = {(state.kind, state.offset is not None) for state in states.values()}
     if len(kinds) != 1:
         found = f"{len(kinds)} kinds of 4-bit weights: {sorted(kinds)}"
         raise InputError("W4-MIXED", "weights", found, "one kind", "quantize all in one way")

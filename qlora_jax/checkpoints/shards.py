@@ -6,6 +6,7 @@ process. Nothing is believed before it is checked, nothing outside the folder is
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ class Shards:
         """Reads a tensor's bytes into `out`: C-contiguous and of exactly as many bytes."""
         file = self.places[name]
         file.read_bytes(file.entries[name], out)
+
+    def pieces(self, name: str, memory: np.ndarray) -> Iterator[np.ndarray]:
+        """A tensor's bytes, as many at a time as fit into `memory` (uint8), the next over them."""
+        file = self.places[name]
+        entry = file.entries[name]
+        for start in range(0, entry.nbytes, len(memory)):
+            piece = memory[: entry.nbytes - start]
+            place = entry._replace(offset=entry.offset + start, nbytes=len(piece))
+            file.read_bytes(place, piece)
+            yield piece
 
     def close(self) -> None:
         while self.files:

