@@ -150,7 +150,7 @@ BAD = [
     ("2^80 values", "GG-DIMS", with_tensor(NORM, dims=(1 << 40, 1 << 40))),
     ("2^50 values", "GG-CUT", with_tensor(NORM, dims=(1 << 50,))),
     ("unknown type", "GG-TYPE", with_tensor(NORM, kind=77)),
-    ("type that is not read", "GG-TYPE", with_tensor(NORM, kind=10)),
+    ("type that is not read", "GG-TYPE", with_tensor(NORM, kind=16)),
     ("half a block", "GG-BLOCK", with_tensor(NORM, dims=(16,), kind=8)),
     ("misaligned", "GG-OFFSET", with_field(offsets={Q: 1})),
     ("overlapping", "GG-OFFSET", with_field(offsets={NORM: 0})),
@@ -219,7 +219,7 @@ def test_messages_use_plain_words(opened):
     assert f"{Q}: has the shape (64, 16) (expected (32, 32))" in message(
         with_tensor(Q, dims=(16, 64))
     )
-    assert "Q2_K (10) (expected F32, F16, " in message(with_tensor(NORM, kind=10))
+    assert "IQ2_XXS (16) (expected F32, F16, " in message(with_tensor(NORM, kind=16))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

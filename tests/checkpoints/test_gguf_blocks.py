@@ -51,3 +51,26 @@ def test_bfloat16_stays_bfloat16():
     out = np.empty((2, 1), ml_dtypes.bfloat16)
     BLOCKS[30].unpack(values.view(np.uint8).reshape(2, 2), out)
     assert out.tolist() == values.tolist()
+
+
+# Byte offsets of a block's float16 scales and minima.
+SCALES = {
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82],
+    "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [k for k in BLOCKS if BLOCKS[k].name in SCALES])
+def test_a_scale_that_is_not_finite_shows_in_the_values(kind, value):
+    block = BLOCKS[kind]
+    for fill in (0, 0xFF, 0x5A):  # even where all codes and all scales of groups are 0
+        for offset in SCALES[block.name]:
+            packed = np.full((1, block.nbytes), fill, np.uint8)
+            for other in SCALES[block.name]:
+                packed[:, other : other + 2].view("<f2")[:] = 1.0
+            packed[:, offset : offset + 2].view("<f2")[:] = value
+            out = np.empty((1, block.values), np.float32)
+            with np.errstate(invalid="ignore"):
+                block.unpack(packed, out)
+            assert not np.isfinite(out).any(), (block.name, offset, fill)
