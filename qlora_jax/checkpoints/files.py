@@ -5,10 +5,15 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from qlora_jax.errors import InputError
 
 COPY = "copy the file itself into the folder"
+AGAIN = "download it again"
+SAVE_AGAIN = "save_pretrained in transformers, which writes safetensors"
 
 
 @contextlib.contextmanager
@@ -60,26 +65,91 @@ def inside(folder: str | Path, name: str) -> Path:
     return real
 
 
-def refuse_foreign(file: int, where: str) -> None:
-    """Names what a file is that is no safetensors file but is often met in its place.
+class WeightFile:
+    """One open file of weights: its checked entries by name, and their bytes.
+
+    Files are read with `pread` and never mapped: a mapped file that another program shortens kills
+    the process.
+
+    Args:
+      path: what is opened.
+      where: what errors call it.
+    """
+
+    area = ""  # what its error codes begin with
+    ending = ""  # of its name
+
+    def __init__(self, path: Path, where: str):
+        self.where = where
+        self.file = open_regular(path, missing=f"{self.area}-MISSING")
+        try:
+            self.stamp = self.size_and_time()
+            self.entries = self.read_entries()
+        except BaseException:
+            self.close()
+            raise
+
+    def read_entries(self) -> dict[str, Any]:
+        """The tensors by name; each entry has at least dtype, shape and nbytes."""
+        raise NotImplementedError
+
+    def read_bytes(self, entry: Any, out: np.ndarray) -> None:
+        """Fills `out`: C-contiguous, and of exactly as many bytes as the entry."""
+        raise NotImplementedError
+
+    def pieces(self, entry: Any, memory: np.ndarray) -> Iterator[np.ndarray]:
+        """An entry's bytes, as many at a time as fit into `memory` (uint8), the next over them."""
+        raise NotImplementedError
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Reads bytes from `offset` on until `view` is full, or says that the file changed."""
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.file, [view[done : done + (1 << 30)]], offset + done)
+            if got == 0:
+                break
+            done += got
+        if done < len(view) or self.size_and_time() != self.stamp:
+            found, hint = "changed while it was being read", "wait until its writer is done"
+            raise InputError(f"{self.area}-CHANGED", self.where, found, hint=hint)
+
+    def size_and_time(self) -> tuple[int, int]:
+        status = os.fstat(self.file)
+        return status.st_size, status.st_mtime_ns
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a C-contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def refuse_foreign(file: int, where: str, area: str) -> None:
+    """Names what a file is that holds no weights but is often met in their place.
+
+    Args:
+      file: an open file.
+      where: what errors call it.
+      area: what their codes begin with, such as ST.
 
     Raises:
-      InputError: ST-EMPTY, ST-LFS (Git-LFS pointer), ST-HTML, ST-ZIP (PyTorch's own), ST-GGUF.
+      InputError: ...-EMPTY, ...-LFS (Git-LFS pointer), ...-HTML, ...-GGUF.
     """
     size, head = os.fstat(file).st_size, os.pread(file, 1024, 0)
     if size == 0:
-        raise InputError("ST-EMPTY", where, "is empty (0 bytes)", "weights", "download it again")
+        raise InputError(f"{area}-EMPTY", where, "is empty (0 bytes)", "weights", AGAIN)
     if head.startswith(b"version https://git-lfs"):
         fields = dict(line.split(b" ", 1) for line in head.splitlines() if b" " in line)
         claim = fields.get(b"size", b"")
         real = f" of {int(claim) / 1e9:.3g} GB" if claim[:15].isdigit() and len(claim) < 16 else ""
         found = f"is a Git-LFS pointer ({size} bytes), not weights{real}"
-        raise InputError("ST-LFS", where, found, hint="git lfs pull")
+        raise InputError(f"{area}-LFS", where, found, hint="git lfs pull")
     if head.lstrip()[:1] == b"<" and 0 not in head[:8]:  # a header's length ends with zeros
         found = f"is an HTML or XML page ({size} bytes), not weights"
-        raise InputError("ST-HTML", where, found, hint="download it again, logged in if needed")
-    if head.startswith(b"PK\x03\x04"):
-        found = "is a zip archive, as PyTorch's .bin and .pt files are"
-        raise InputError("ST-ZIP", where, found, "safetensors", "save_pretrained in transformers")
+        raise InputError(
+            f"{area}-HTML", where, found, hint="download it again, logged in if needed"
+        )
     if head.startswith(b"GGUF"):
-        raise InputError("ST-GGUF", where, "is a GGUF file", "safetensors", "name it NAME.gguf")
+        raise InputError(f"{area}-GGUF", where, "is a GGUF file", hint="name it NAME.gguf")

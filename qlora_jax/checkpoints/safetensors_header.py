@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.checkpoints.files import refuse_foreign
+from qlora_jax.checkpoints.files import AGAIN, refuse_foreign
 from qlora_jax.checkpoints.strict_json import parse_json
 from qlora_jax.errors import InputError, listed
 
@@ -21,7 +21,6 @@ HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
 TENSORS_LIMIT = 200_000
 NAME_LIMIT = 512  # bytes
 RANK_LIMIT = 8
-AGAIN = "download it again"
 
 # In the order in which the package lays tensors out in a file: by decreasing alignment.
 DTYPES = {
@@ -60,7 +59,10 @@ def read_header(file: int, where: str) -> dict[str, Entry]:
     Raises:
       InputError: ST-...; `where` names the file.
     """
-    refuse_foreign(file, where)
+    refuse_foreign(file, where, "ST")
+    if os.pread(file, 4, 0) == b"PK\x03\x04":
+        found = "is a zip archive, as PyTorch's .bin files are"
+        raise InputError("ST-ZIP", where, found, "safetensors", "naming it pytorch_model.bin")
     size = os.fstat(file).st_size
     if size < 8:
         raise InputError("ST-SHORT", where, f"has {size} bytes", "at least 8", AGAIN)

@@ -1,7 +1,6 @@
-"""A Hugging Face folder of safetensors, one file or shards: each tensor read when asked for.
+"""A Hugging Face folder of safetensors or PyTorch's .bin files: each tensor read when asked for.
 
-Files are read with `pread` and never mapped: a mapped file that another program shortens kills the
-process. Nothing is believed before it is checked, nothing outside the folder is opened.
+Nothing is believed before it is checked, nothing outside the folder is opened.
 """
 
 import os
@@ -13,64 +12,70 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.checkpoints.aligned import aligned_empty
-from qlora_jax.checkpoints.files import inside, open_regular
+from qlora_jax.checkpoints.files import AGAIN, SAVE_AGAIN, WeightFile, bytes_of, inside
 from qlora_jax.checkpoints.safetensors_header import Entry, read_header
 from qlora_jax.checkpoints.strict_json import CONFIG_LIMIT, read_json
+from qlora_jax.checkpoints.torch_file import TorchFile
 from qlora_jax.errors import InputError, listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TORCH_SHARD = re.compile(r"pytorch_model-\d+-of-\d+\.bin")
 INDEX_LIMIT = 64 << 20
-SHARD_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,243}\.safetensors", re.ASCII)
-AGAIN = "download it again"
+SHARD_NAME = r"(?!\.)[A-Za-z0-9._-]{1,243}\."  # and what the kind of file ends with
 
 
 class Shards:
     """The weights of a folder with config.json and model.safetensors, or an index and its shards.
 
-    All headers are checked when it is opened. As in transformers, model.safetensors wins when there
-    is an index beside it. Use as a context manager, or call `close`.
+    Without those, pytorch_model.bin, or its index and shards. All headers are checked when it is
+    opened. As in transformers, one file wins over an index beside it. Use as a context manager, or
+    call `close`.
 
     Attributes:
       path: the folder.
       config: what config.json says.
 
     Raises:
-      InputError: ST-... for a file, IX-... for the index, CFG-MISSING, FILE-..., JSON-...
+      InputError: ST-... for a file, PT-... and PK-... for a .bin, IX-... for the index,
+        CFG-MISSING, FILE-..., JSON-...
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        self.files: list[SafetensorsFile] = []
-        self.places: dict[str, SafetensorsFile] = {}
+        self.files: list[WeightFile] = []
+        self.places: dict[str, WeightFile] = {}
         try:
             self.config = read_config(self.path)
-            if os.path.lexists(self.path / SINGLE):
-                self.open(SINGLE)
-            elif os.path.lexists(self.path / INDEX):
-                self.open_index()
-            else:
+            there = [name for name in KINDS if os.path.lexists(self.path / name)]
+            if not there:
                 raise no_weights(self.path)
+            name, kind = there[0], KINDS[there[0]]
+            if name.endswith(".json"):
+                self.open_index(name, kind)
+            else:
+                self.open(name, kind)
         except BaseException:
             self.close()
             raise
 
-    def open(self, name: str) -> "SafetensorsFile":
-        file = SafetensorsFile(inside(self.path, name), str(self.path / name))
+    def open(self, name: str, kind: type[WeightFile]) -> WeightFile:
+        file = kind(inside(self.path, name), str(self.path / name))
         self.files.append(file)
         self.places.update(dict.fromkeys(file.entries, file))
         return file
 
-    def open_index(self) -> None:
+    def open_index(self, name: str, kind: type[WeightFile]) -> None:
         """Opens every shard; the tensors in them must be exactly those that the index promises."""
-        where = str(self.path / INDEX)
-        weight_map = read_index(inside(self.path, INDEX), where)
+        where = str(self.path / name)
+        weight_map = read_index(inside(self.path, name), where, kind.ending)
         shards = sorted(set(weight_map.values()))
         real = {shard: inside(self.path, shard) for shard in shards}
         if missing := [shard for shard in shards if not real[shard].exists()]:
             found = f"missing shards: {listed(missing)}"
             raise InputError("IX-SHARDS", where, found, f"{len(shards)} shards", AGAIN)
         for shard in shards:
-            file = self.open(shard)
+            file = self.open(shard, kind)
             promised = {name for name, place in weight_map.items() if place == shard}
             if lost := promised - file.entries.keys():
                 found = f"lacks {listed(sorted(lost))}"
@@ -94,7 +99,7 @@ class Shards:
         """A fresh array of the stored shape and dtype (ml_dtypes.bfloat16 for bfloat16).
 
         Raises:
-          InputError: ST-CHANGED when the file changed since it was opened.
+          InputError: ST-CHANGED, PT-CHANGED when the file changed since it was opened; PT-CRC.
         """
         entry = self.places[name].entries[name]
         array = aligned_empty(entry.shape, entry.dtype)
@@ -109,12 +114,7 @@ class Shards:
     def pieces(self, name: str, memory: np.ndarray) -> Iterator[np.ndarray]:
         """A tensor's bytes, as many at a time as fit into `memory` (uint8), the next over them."""
         file = self.places[name]
-        entry = file.entries[name]
-        for start in range(0, entry.nbytes, len(memory)):
-            piece = memory[: entry.nbytes - start]
-            place = entry._replace(offset=entry.offset + start, nbytes=len(piece))
-            file.read_bytes(place, piece)
-            yield piece
+        return file.pieces(file.entries[name], memory)
 
     def close(self) -> None:
         while self.files:
@@ -127,44 +127,32 @@ class Shards:
         self.close()
 
 
-class SafetensorsFile:
-    """One open file: its checked entries, and their bytes.
+class SafetensorsFile(WeightFile):
+    """One open safetensors file."""
 
-    Args:
-      path: what is opened.
-      where: what errors call it.
-    """
+    area, ending = "ST", "safetensors"
 
-    def __init__(self, path: Path, where: str):
-        self.where = where
-        self.file = open_regular(path, missing="ST-MISSING")
-        try:
-            self.stamp = self.size_and_time()
-            self.entries = read_header(self.file, where)
-        except BaseException:
-            self.close()
-            raise
+    def read_entries(self) -> dict[str, Entry]:
+        return read_header(self.file, self.where)
 
     def read_bytes(self, entry: Entry, out: np.ndarray) -> None:
-        """Fills `out`, whose nbytes are the entry's."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = bytes_of(out)
         assert len(view) == entry.nbytes, (len(view), entry)
-        done = 0
-        while done < len(view):
-            got = os.preadv(self.file, [view[done : done + (1 << 30)]], entry.offset + done)
-            if got == 0:
-                break
-            done += got
-        if done < len(view) or self.size_and_time() != self.stamp:
-            found = "changed while it was being read"
-            raise InputError("ST-CHANGED", self.where, found, hint="wait until its writer is done")
+        self.fill(view, entry.offset)
 
-    def size_and_time(self) -> tuple[int, int]:
-        status = os.fstat(self.file)
-        return status.st_size, status.st_mtime_ns
+    def pieces(self, entry: Entry, memory: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, entry.nbytes, len(memory)):
+            piece = memory[: entry.nbytes - start]
+            self.fill(bytes_of(piece), entry.offset + start)
+            yield piece
 
-    def close(self) -> None:
-        os.close(self.file)
+
+KINDS = {  # the first one that is there is read
+    SINGLE: SafetensorsFile,
+    INDEX: SafetensorsFile,
+    TORCH_SINGLE: TorchFile,
+    TORCH_INDEX: TorchFile,
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -182,8 +170,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path, CONFIG_LIMIT)
 
 
-def read_index(path: Path, where: str) -> dict[str, str]:
+def read_index(path: Path, where: str, ending: str) -> dict[str, str]:
     """`weight_map` of an index: the shard of every tensor, each a plain file name.
+
+    Args:
+      path: the index.
+      where: what errors call it.
+      ending: of every shard's name, "safetensors" or "bin".
 
     Raises:
       InputError: IX-MAP, IX-SIZE, IX-NAME, IX-CASE, or one of JSON-...
@@ -196,12 +189,13 @@ def read_index(path: Path, where: str) -> dict[str, str]:
     metadata = index.get("metadata", {})
     if type(metadata) is not dict or type(metadata.get("total_size", 0)) is not int:
         raise InputError("IX-SIZE", where, "metadata.total_size is not a whole number")
+    plain = re.compile(SHARD_NAME + ending, re.ASCII)
     for name, shard in weight_map.items():
-        if type(shard) is not str or not SHARD_NAME.fullmatch(shard):
+        if type(shard) is not str or not plain.fullmatch(shard):
             found = (
                 f"{name}: the shard name {str(shard)[:80]!r} is not a file name inside the folder"
             )
-            raise InputError("IX-NAME", where, found, "NAME.safetensors", AGAIN)
+            raise InputError("IX-NAME", where, found, f"NAME.{ending}", AGAIN)
     shards = set(weight_map.values())
     if len({shard.casefold() for shard in shards}) < len(shards):
         raise InputError("IX-CASE", where, "two shard names differ in case only")
@@ -215,10 +209,12 @@ def no_weights(folder: Path) -> InputError:
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         found = f"missing weights: no safetensors, but {listed(ggufs)}"
         return InputError("ST-MISSING", where, found, expected, f"name {folder / ggufs[0]} itself")
+    if bins := [name for name in names if TORCH_SHARD.fullmatch(name)]:
+        found = f"missing index: {listed(bins)} without {TORCH_INDEX}"
+        return InputError("IX-MISSING", where, found, expected, AGAIN)
     if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
-        found = f"missing weights: only PyTorch pickles ({listed(pickles)}), which are not read"
-        hint = "save_pretrained in transformers, which writes safetensors"
-        return InputError("ST-MISSING", where, found, expected, hint)
+        found = f"missing weights: only {listed(pickles)}, which is not what transformers writes"
+        return InputError("ST-MISSING", where, found, f"{expected}, or {TORCH_SINGLE}", SAVE_AGAIN)
     if loose := [name for name in names if name.endswith(".safetensors")]:
         found = f"missing index: {listed(loose)} without {INDEX}"
         return InputError("IX-MISSING", where, found, expected, AGAIN)

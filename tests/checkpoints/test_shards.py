@@ -221,11 +221,16 @@ FOLDERS = {
     "no folder": (None, "ST-FOLDER", "no such folder"),
     "empty": ({}, "ST-MISSING", "missing weights"),
     "pickle": (
-        {"pytorch_model.bin": b""},
+        {"consolidated.pth": b"", "training_args.bin": b""},
         "ST-MISSING",
-        "only PyTorch pickles (pytorch_model.bin)",
+        "only consolidated.pth, training_args.bin, which is not what transformers writes",
     ),
     "gguf": ({"m.gguf": b""}, "ST-MISSING", "m.gguf"),
+    ".bin shard alone": (
+        {"pytorch_model-00001-of-00002.bin": b""},
+        "IX-MISSING",
+        "without pytorch_model.bin.index.json",
+    ),
     "shard alone": ({A: one_tensor()}, "IX-MISSING", f"missing index: {A}"),
 }
 
