@@ -1,6 +1,7 @@
 """The decoder: embedding, a scan over stacked layers, a head. One program whatever the depth."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from qlora_jax.errors import InputError, listed
 from qlora_jax.models.attention import Attention, Context
 from qlora_jax.models.cache import KVCache
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import linear_shapes, norm_sizes, weight_shapes
+from qlora_jax.models.families import linear_shapes, module_shapes, norm_sizes, weight_shapes
 from qlora_jax.models.linear import Branch, Branches, Linear, matmul
 from qlora_jax.models.mlp import GatedMLP
 from qlora_jax.models.norms import RMSNorm
@@ -21,6 +22,7 @@ from qlora_jax.models.rope import rotation
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 Ids = Int[Array | np.ndarray, "B S"]
+Rotation = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
 Weights = Mapping[str, Array | QuantizedTensor]
 LAYERS = "model.layers."
 FAR = 2**30  # a window that is none
@@ -128,9 +130,9 @@ class Decoder(nnx.Module):
                 found[name] = node.weight.get_value()
         return found
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear of a layer: what an adapter can be attached to."""
-        return linear_shapes(self.config)
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of what an adapter is for: linears of a layer, and what it can hold in full."""
+        return module_shapes(self.config)
 
     def head(self, adapter: Adapter | None = None) -> Array | QuantizedTensor:
         """The weight (V, D) that turns hidden states into logits; the embedding when tied.
@@ -223,17 +225,16 @@ class Decoder(nnx.Module):
             positions = default_positions(input_ids, real, cache)
         x = self.embedded(input_ids, adapter)
         config = self.config
-        rotations = rotation(config.rope, config.head_dim, positions), None
-        if config.local_rope is not None:
-            rotations = rotations[0], rotation(config.local_rope, config.head_dim, positions)
-        context = Context(*rotations[0], segment_ids, config.scores)
+        room = input_ids.shape[1] if cache is None else cache.k.shape[3]
+        turns = rotation(config.rope, config.head_dim, positions)
+        context = Context(*turns, segment_ids, config.scores.within(room))
+        local = config.local_rope and rotation(config.local_rope, config.head_dim, positions)
 
         def step(carry, inputs):
             x, cache = carry
-            block, layer, window, params, scales, key = inputs
+            block, layer, kind, params, scales, key = inputs
             branches = layer_branches(adapter, params, scales, key)
-            own = of_layer(context, window, rotations[1])
-            return block(x, own, branches, cache, layer), None
+            return block(x, of_layer(context, kind, local), branches, cache, layer), None
 
         if remat == "full":
             step = jax.checkpoint(step)
@@ -241,8 +242,7 @@ class Decoder(nnx.Module):
         params = {} if adapter is None else transposed_B(adapter)
         scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
-        windows = None if config.one_window else jnp.asarray(numbered(config.windows))
-        inputs = (self.layers, jnp.arange(layers), windows, params, scales, keys)
+        inputs = (self.layers, jnp.arange(layers), kinds(config, room), params, scales, keys)
         (x, cache), _ = jax.lax.scan(step, (x, cache), inputs)
         if cache is not None:
             batch, length = input_ids.shape
@@ -251,24 +251,34 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
 
-def numbered(windows: tuple[int | None, ...]) -> np.ndarray:
-    """Windows as int32 (L,); FAR where a layer sees all."""
-    return np.array([FAR if window is None else window for window in windows], np.int32)
+class Kinds(NamedTuple):
+    """What differs between the layers of one program, by layer; None where nothing does.
+
+    Attributes:
+      local: whether a layer has the rotation of those with a window.
+      window: how many tokens one sees, itself included; FAR for all.
+    """
+
+    local: Bool[Array | np.ndarray, "*L"] | None
+    window: Int[Array | np.ndarray, "*L"] | None
 
 
-def of_layer(
-    context: Context,
-    window: Int[Array, ""] | None,
-    local: tuple[Float[Array, "B S half"], Float[Array, "B S half"]] | None,
-) -> Context:
-    """One layer's context, where layers differ: its window, and the rotation of those with one."""
-    if window is None:
-        return context
-    if local is not None:
+def kinds(config: ModelConfig, room: int) -> Kinds:
+    """What differs between the layers of a model, over texts of at most `room` tokens."""
+    if config.one_window:
+        return Kinds(None, None)
+    windows = np.array([FAR if width is None else width for width in config.windows], np.int32)
+    local = windows < FAR if config.local_rope else None
+    return Kinds(local, windows if windows.min() < room else None)
+
+
+def of_layer(context: Context, kind: Kinds, local: Rotation | None) -> Context:
+    """One layer's context: its rotation and its window, where layers differ in them."""
+    if kind.local is not None:
         pairs = zip(local, (context.cos, context.sin), strict=True)
-        cos, sin = (jnp.where(window < FAR, near, far) for near, far in pairs)
+        cos, sin = (jnp.where(kind.local, near, far) for near, far in pairs)
         context = context._replace(cos=cos, sin=sin)
-    return context._replace(window=window)
+    return context._replace(window=kind.window)
 
 
 def layer_branches(adapter: Adapter | None, params, scales, key) -> Branches:

@@ -7,6 +7,8 @@ in the tests.
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.adapters.spec import SAVED
+
 if TYPE_CHECKING:
     from qlora_jax.models.config import ModelConfig
 
@@ -199,6 +201,12 @@ def linear_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
     }
+
+
+def module_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
+    """(out, in) of what an adapter is for: the linears of a layer, and what it can hold in full."""
+    whole = dict.fromkeys(SAVED, (config.vocab_size, config.hidden_size))
+    return linear_shapes(config) | whole
 
 
 def has_bias(config: "ModelConfig", linear: str) -> bool:

@@ -13,9 +13,9 @@ from tests.tolerances import LOGITS_ATOL, LOSS_ATOL
 FOLDERS = sorted(folder.name for folder in (GOLDEN / "models").iterdir() if folder.is_dir())
 
 
-def decoder(name: str) -> Decoder:
+def decoder(name: str, **changes) -> Decoder:
     source = Shards(GOLDEN / "models" / name)
-    config = ModelConfig.from_dict(source.config, name)
+    config = ModelConfig.from_dict(source.config | changes, name)
     weights = load_weights(source, config, quantization=None, dtype="float32")
     return Decoder.from_weights(config, weights, "float32")
 
@@ -48,6 +48,18 @@ def continued(model: Decoder, prompt: np.ndarray, length: int) -> np.ndarray:
         new = np.asarray(logits[:, -1].argmax(-1))[:, None]
         tokens = np.concatenate([tokens, new], axis=1)
     return tokens
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_a_window_that_hides_nothing_costs_nothing(name):
+    """A window as wide as the text is no window; one narrower by a token is one."""
+    ids = np.arange(12, dtype=np.int32)[None]
+    wide, whole, narrow = (
+        decoder(name, sliding_window=w)(ids, attention_mask=np.ones_like(ids)) for w in (12, 99, 11)
+    )
+    np.testing.assert_array_equal(wide, whole)
+    assert np.abs(narrow - wide)[:, -1].max() > LOGITS_ATOL
+    np.testing.assert_allclose(narrow[:, :-1], wide[:, :-1], atol=LOGITS_ATOL)
 
 
 def test_padding_on_the_right_does_not_reach_a_cache():
