@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from qlora_jax.checkpoints.files import AGAIN, WeightFile, bytes_of
-from qlora_jax.checkpoints.torch_pickle import TorchEntry, read_state
+from qlora_jax.checkpoints.torch_pickle import read_state
+from qlora_jax.checkpoints.torch_tensor import TorchEntry
 from qlora_jax.checkpoints.torch_zip import Member, read_members
 from qlora_jax.errors import InputError
 
