@@ -4,6 +4,7 @@ from qlora_jax.adapters.adapter import Adapter as Adapter
 from qlora_jax.adapters.init import init_adapter as init_adapter
 from qlora_jax.adapters.init import init_lora as init_lora
 from qlora_jax.adapters.merge import merge_weight as merge_weight
+from qlora_jax.adapters.merge import merged_config as merged_config
 from qlora_jax.adapters.merge import merged_weights as merged_weights
 from qlora_jax.adapters.spec import LoraSpec as LoraSpec
 from qlora_jax.adapters.spec import make_spec as make_spec

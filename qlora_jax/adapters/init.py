@@ -1,4 +1,4 @@
-"""How A and B begin: A uniform, B zero, so that a new adapter changes nothing."""
+"""How an adapter begins, so that it changes nothing: A uniform, B zero, the rest the base's own."""
 
 import math
 import zlib
@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.spec import LoraSpec, make_spec
+from qlora_jax.adapters.adapter import Adapter, Shapes, param_shapes
+from qlora_jax.adapters.dora import row_squares
+from qlora_jax.adapters.spec import LAYERS, SAVED, LoraSpec, make_spec
+from qlora_jax.quantization.tensor import QuantizedTensor
 
 
 @runtime_checkable
@@ -19,8 +21,11 @@ class Adaptable(Protocol):
 
     config: object  # with `num_hidden_layers`
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear of one layer, by its name inside the layer."""
+    def module_shapes(self) -> Shapes:
+        """(out, in) of every linear of one layer, by its name inside the layer; (V, D) of SAVED."""
+
+    def weights(self) -> Mapping[str, Array | QuantizedTensor]:
+        """Every weight by its stacked name; those of layers have a leading axis L."""
 
 
 def init_lora(
@@ -34,6 +39,8 @@ def init_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int | float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
     dropout: int | float = 0.0,
 ) -> Adapter:
     """A new adapter for `model`, float32, which changes nothing before it is trained.
@@ -41,17 +48,16 @@ def init_lora(
         lora = init_lora(model, r=64, alpha=16, targets="all-linear", key=jax.random.key(0))
 
     Args:
-      model: what is adapted; only the shapes of its linears are read.
+      model: what is adapted.
       key: a jax.random key.
-      r, alpha, targets, exclude, rank_pattern, alpha_pattern, use_rslora, dropout: as for
-        `make_spec`, which follows PEFT's LoraConfig.
+      r, alpha, targets, exclude, rank_pattern, alpha_pattern, use_rslora, use_dora,
+        modules_to_save, dropout: as for `make_spec`, which follows PEFT's LoraConfig.
 
     Raises:
       InputError: a value out of range, or a target that matches nothing.
     """
-    shapes = model.linear_shapes()
     spec = make_spec(
-        shapes,
+        model.module_shapes(),
         model.config.num_hidden_layers,
         r=r,
         alpha=alpha,
@@ -60,33 +66,51 @@ def init_lora(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        modules_to_save=modules_to_save,
         dropout=dropout,
     )
-    return init_adapter(shapes, spec, key)
+    return init_adapter(model, spec, key)
 
 
-def init_adapter(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, key: Array) -> Adapter:
+def init_adapter(model: Adaptable, spec: LoraSpec, key: Array) -> Adapter:
     """The beginning of an adapter: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, as PEFT begins.
 
     PEFT's kaiming_uniform_(a=sqrt(5)) is this distribution. A row of A depends on the key, the
     target's name, the layer and the row only: other targets, layers or ranks do not change it.
+    DoRA's m are the lengths of the rows of W, and saved modules are the base's, both dequantized.
 
     Args:
-      shapes: (out, in) of at least the linears that `spec` targets.
-      spec: what is adapted.
+      model: what is adapted; weights are read only for DoRA and for saved modules.
+      spec: what is adapted of it.
       key: a jax.random key.
     """
     params = {}
-    for name in spec.targets:
-        out, width = shapes[name]
+    for name, arrays in param_shapes(spec, model.module_shapes()).items():
+        if name in SAVED:
+            params[name] = {"weight": saved_weight(model.weights(), name)}
+            continue
+        _, largest, width = arrays["A"]
         ranks = jnp.asarray(spec.ranks(name))
-        largest = max(spec.ranks(name))
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         params[name] = {
             "A": uniform_rows(own, ranks, largest, width),
-            "B": jnp.zeros((len(ranks), out, largest), jnp.float32),
+            "B": jnp.zeros(arrays["B"], jnp.float32),
         }
+        if spec.use_dora:
+            weight = model.weights()[f"{LAYERS}.{name}.weight"]
+            norms = jnp.sqrt(jax.lax.map(row_squares, weight))
+            params[name]["m"] = jnp.where(ranks[:, None] > 0, norms, 0)
     return Adapter(params, spec)
+
+
+def saved_weight(weights: Mapping[str, Array | QuantizedTensor], name: str) -> Float[Array, "V D"]:
+    """A float32 copy of the weight of lm_head or embed_tokens; a tied head is the embedding."""
+    tied = weights[f"{SAVED['embed_tokens']}.weight"]
+    weight = weights.get(f"{SAVED[name]}.weight", tied)
+    if isinstance(weight, QuantizedTensor):
+        return weight.dequantize("float32")
+    return jnp.array(weight, jnp.float32)
 
 
 def uniform_rows(key: Array, ranks: Array, largest: int, width: int) -> Float[Array, "L r in"]:

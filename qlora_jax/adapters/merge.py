@@ -5,6 +5,7 @@ correct the quantized weights, not the original ones. Merging into the original 
 default, and changes answers.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -14,9 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.adapter import Adapter, check_finite
-from qlora_jax.adapters.spec import LAYERS, module_path
+from qlora_jax.adapters.dora import row_squares, stretch
+from qlora_jax.adapters.spec import LAYERS, SAVED, module_path
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor
+
+EMBEDDING, HEAD = f"{SAVED['embed_tokens']}.weight", f"{SAVED['lm_head']}.weight"
 
 
 @runtime_checkable
@@ -42,14 +46,18 @@ def merge_weight(
     A: Float[Array, "r in"],
     B: Float[Array, "out r"],
     scale: float,
+    magnitude: Float[Array, " out"] | None = None,
 ) -> Float[Array, "out in"]:
-    """W + scale * B A, in float32 whatever the types that came."""
+    """W + scale * B A, in float32 whatever types came; DoRA's rows get their `magnitude`."""
     delta = jnp.matmul(
         jnp.asarray(B, jnp.float32),
         jnp.asarray(A, jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return jnp.asarray(weight, jnp.float32) + jnp.float32(scale) * delta
+    merged = jnp.asarray(weight, jnp.float32) + jnp.float32(scale) * delta
+    if magnitude is None:
+        return merged
+    return merged * stretch(magnitude, jnp.sqrt(row_squares(merged)), jnp.float32(scale))[:, None]
 
 
 def merged_weights(
@@ -86,20 +94,36 @@ def merge_each(
     model: Mergeable, adapter: Adapter, source: Source | None, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """`merged_weights` once its arguments are checked."""
-    for stacked, held in model.weights().items():
+    params, spec = adapter.params, adapter.spec
+    saved = {f"{SAVED[name]}.weight": params[name]["weight"] for name in spec.modules_to_save}
+    weights = dict(model.weights())
+    origin = {name: name for name in weights}
+    if saved and HEAD not in weights:
+        weights[HEAD], origin[HEAD] = weights[EMBEDDING], EMBEDDING  # tied no longer
+    for stacked, held in weights.items():
         inner = stacked.removeprefix(f"{LAYERS}.")
         if inner == stacked:
-            own = held if source is None else source.read(stacked)
+            own = saved.get(stacked)
+            if own is None:
+                own = held if source is None else source.read(origin[stacked])
             yield stacked, as_dtype(stacked, dense(own), dtype)
             continue
         target = inner.removesuffix(".weight")
         for layer in range(layers_of(held)):
             name = module_path(layer, inner)
             weight = dense(held[layer] if source is None else source.read(name))
-            if target in adapter.params and adapter.spec.ranks(target)[layer]:
+            if target in params and spec.ranks(target)[layer]:
                 A, B = adapter.layer(target, layer)
-                weight = merge_weight(weight, A, B, float(adapter.spec.scales(target)[layer]))
+                m = params[target]["m"][layer] if spec.use_dora else None
+                weight = merge_weight(weight, A, B, float(spec.scales(target)[layer]), m)
             yield name, as_dtype(name, weight, dtype)
+
+
+def merged_config[Config](config: Config, adapter: Adapter) -> Config:
+    """The merged model's configuration: a saved module is not tied to the other's weight."""
+    if not adapter.spec.modules_to_save:
+        return config
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def layers_of(weight: Array | QuantizedTensor) -> int:

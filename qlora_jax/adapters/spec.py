@@ -20,6 +20,7 @@ from qlora_jax.adapters.patterns import end_matches, full_matches
 from qlora_jax.errors import InputError, listed, nearest
 
 LAYERS = "model.layers"
+SAVED = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}  # by name: module path
 MAX_RANK = 4096
 LARGEST_ALPHA = float(np.finfo(np.float32).max)
 
@@ -31,7 +32,7 @@ def module_path(layer: int, name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """What is fixed about an adapter: its targets, their ranks and alphas, and the dropout.
+    """What is fixed about an adapter: its targets, their ranks and alphas, its kind, the dropout.
 
     Static and hashable. Two specs that adapt alike are equal, however their settings were written;
     the settings as written (the fields with PEFT's names below `lora_dropout`) are kept for saving.
@@ -42,6 +43,8 @@ class LoraSpec:
       target_alphas: per target, alpha in each layer.
       use_rslora: divide alpha by sqrt(r) and not by r (https://arxiv.org/abs/2312.03732).
       lora_dropout: probability in [0, 1) that an input of the adapter's branch is dropped.
+      use_dora: rows have trained lengths, see adapters/dora.py.
+      modules_to_save: of lm_head and embed_tokens those that are trained in full.
       target_modules: the targets as PEFT's config file holds them.
     """
 
@@ -50,6 +53,8 @@ class LoraSpec:
     target_alphas: tuple[tuple[float, ...], ...]
     use_rslora: bool = False
     lora_dropout: float = 0.0
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
     r: int = dataclasses.field(default=64, compare=False)
     lora_alpha: float = dataclasses.field(default=16, compare=False)
     target_modules: tuple[str, ...] = dataclasses.field(default=(), compare=False)
@@ -77,7 +82,7 @@ class LoraSpec:
 
 
 def make_spec(
-    linear_shapes: Mapping[str, tuple[int, int]],
+    module_shapes: Mapping[str, tuple[int, int]],
     num_layers: int,
     *,
     r: int = 64,
@@ -88,14 +93,17 @@ def make_spec(
     alpha_pattern: Mapping[str, int | float] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
     dropout: int | float = 0.0,
     where: str = "lora",
 ) -> LoraSpec:
     """Resolves the settings of a LoRA against the linears of a model, by PEFT's rules.
 
     Args:
-      linear_shapes: (out, in) of each linear of one layer, by its layer-relative name.
-      num_layers: how many such layers there are.
+      module_shapes: (out, in) of each linear of one layer, by its layer-relative name; those of
+        lm_head and embed_tokens are left alone.
+      num_layers: how many layers there are.
       r: rank, 1 to 4096.
       alpha: the scale is alpha / r, so that r can change without another learning rate.
       targets: `"all-linear"`, a list of names (a module is meant when its path is the name or ends
@@ -105,38 +113,41 @@ def make_spec(
       alpha_pattern: the same for alpha.
       layers_to_transform: the layers in which the names of a list are meant; all by default.
       use_rslora: scale by alpha / sqrt(r).
+      use_dora: train the length of each row too.
+      modules_to_save: lm_head, embed_tokens or both: trained in full beside the adapter.
       dropout: probability in [0, 1).
       where: what to call the source of these settings in errors.
 
     Raises:
       InputError: a value out of range, or a name or pattern that matches nothing.
     """
+    linears = [name for name in module_shapes if name not in SAVED]
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     for key, value in {"r": r, **labelled("rank_pattern", rank_pattern)}.items():
         check_rank(value, f"{where}: {key}")
     for key, value in {"lora_alpha": alpha, **labelled("alpha_pattern", alpha_pattern)}.items():
         check_alpha(value, f"{where}: {key}")
     check_dropout(dropout, f"{where}: lora_dropout")
+    check_saved(modules_to_save, f"{where}: modules_to_save")
 
     paths = {
-        module_path(layer, name): (name, layer)
-        for name in linear_shapes
-        for layer in range(num_layers)
+        module_path(layer, name): (name, layer) for name in linears for layer in range(num_layers)
     }
     chosen = set(paths)
     if targets != "all-linear":
+        refuse_saved(targets, f"{where}: target_modules")
         chosen = select(targets, paths, f"{where}: target_modules", layers_to_transform, num_layers)
     elif layers_to_transform is not None:
         chosen = {path for path in paths if paths[path][1] in layer_set(layers_to_transform)}
     if exclude:
         chosen -= select(exclude, paths, f"{where}: exclude_modules")
     if not chosen:
-        raise unmatched(f"{where}: target_modules", "nothing is left to adapt", "", linear_shapes)
+        raise unmatched(f"{where}: target_modules", "nothing is left to adapt", "", linears)
 
     kept = [path for path in paths if path in chosen]
     rank_of = first_match(rank_pattern, kept, r, f"{where}: rank_pattern")
     alpha_of = first_match(alpha_pattern, kept, alpha, f"{where}: alpha_pattern")
-    names = tuple(name for name in linear_shapes if any(paths[path][0] == name for path in kept))
+    names = tuple(name for name in linears if any(paths[path][0] == name for path in kept))
     rows = [[module_path(layer, name) for layer in range(num_layers)] for name in names]
     return LoraSpec(
         targets=names,
@@ -146,9 +157,11 @@ def make_spec(
         ),
         use_rslora=bool(use_rslora),
         lora_dropout=float(dropout),
+        use_dora=bool(use_dora),
+        modules_to_save=tuple(name for name in SAVED if name in modules_to_save),
         r=r,
         lora_alpha=alpha,
-        target_modules=tuple(saved_names(rows, names, chosen, linear_shapes)),
+        target_modules=tuple(saved_names(rows, names, chosen, linears)),
         rank_pattern=tuple(rank_pattern.items()),
         alpha_pattern=tuple(alpha_pattern.items()),
     )
@@ -230,6 +243,29 @@ def unmatched(where: str, found: str, name: str, choices: Iterable[str]) -> Inpu
     near = nearest(name, [*short, *choices])
     hint = "did you mean " + " or ".join(near) if near else ""
     return InputError("LORA-TARGETS", where, found, f"some of {listed(choices)}", hint)
+
+
+def refuse_saved(targets: str | Sequence[str], where: str) -> None:
+    """Refuses A and B for lm_head and embed_tokens, which can be trained in full only."""
+    paths = list(SAVED.values())
+    if isinstance(targets, str):
+        hits = full_matches(targets, paths, where)
+    else:
+        hits = [any(f".{path}".endswith(f".{name}") for name in targets) for path in paths]
+    if meant := [name for name, hit in zip(SAVED, hits, strict=True) if hit]:
+        found = f"{meant[0]} has no A and B here: it is trained in full or not at all"
+        hint = f"without it, and modules_to_save=[{meant[0]}] to train it in full"
+        raise InputError("LORA-TARGETS", where, found, "linears of the layers", hint)
+
+
+def check_saved(names: Sequence[str], where: str) -> None:
+    """Refuses modules that cannot be trained in full."""
+    for name in names:
+        if name not in SAVED:
+            found = f"{name!r} cannot be trained in full"
+            near = nearest(name, SAVED)
+            hint = f"did you mean {near[0]}" if near else ""
+            raise InputError("LORA-MODULES", where, found, f"some of {', '.join(SAVED)}", hint)
 
 
 def check_rank(value: object, where: str) -> None:

@@ -1,7 +1,8 @@
 """PEFT adapter folders, in and out: what is written is read again, what is read is checked whole.
 
 adapter_config.json          PEFT's fields and no others, since PEFT refuses or ignores them
-adapter_model.safetensors    base_model.model.<module path>.lora_A.weight (r, in), lora_B (out, r)
+adapter_model.safetensors    base_model.model.<module path>.lora_A.weight (r, in), lora_B (out, r),
+                             with DoRA lora_magnitude_vector (out,); <module path>.weight (V, D)
 qlora_jax.json               ours: what the adapter was trained on
 """
 
@@ -13,18 +14,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from qlora_jax.adapters.adapter import Adapter, check_finite
+from qlora_jax.adapters.adapter import Adapter, Shapes, check_finite, param_shapes
 from qlora_jax.adapters.init import Adaptable
-from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints import finite
 from qlora_jax.checkpoints.atomic import new_folder, write_file
 from qlora_jax.checkpoints.files import inside
 from qlora_jax.checkpoints.peft_config import config_from_spec, spec_from_config
-from qlora_jax.checkpoints.peft_tensors import Shapes, check_entries, tensor_name
+from qlora_jax.checkpoints.peft_tensors import check_entries, places
 from qlora_jax.checkpoints.shards import SafetensorsFile
 from qlora_jax.checkpoints.strict_json import read_json
 from qlora_jax.errors import InputError, StorageError, listed
@@ -39,26 +40,31 @@ def load_adapter(path: str | Path, model: Adaptable) -> Adapter:
 
     Args:
       path: a folder with adapter_config.json and adapter_model.safetensors.
-      model: what it is for; only the shapes of its linears are read.
+      model: what it is for; only the shapes of its modules are read.
 
     Raises:
       InputError: PEFT-..., LORA-..., JSON-..., ST-..., W-FINITE: a file is missing or damaged, or
         asks for what is not computed here; a tensor is missing, unknown, of another shape than
         config and model say, or not finite.
     """
-    return read_adapter(path, model.linear_shapes(), model.config.num_hidden_layers)
+    return read_adapter(path, model.module_shapes(), model.config.num_hidden_layers)
 
 
-def read_adapter(path: str | Path, linear_shapes: Shapes, num_layers: int) -> Adapter:
+def read_adapter(path: str | Path, shapes: Shapes, num_layers: int) -> Adapter:
     """`load_adapter` for a model that is known by its shapes alone."""
     folder = Path(path)
     config = read_json(present(folder, CONFIG))
-    spec = spec_from_config(config, linear_shapes, num_layers, str(folder / CONFIG))
+    spec = spec_from_config(config, shapes, num_layers, str(folder / CONFIG))
     file = SafetensorsFile(present(folder, TENSORS), str(folder / TENSORS))
     with contextlib.closing(file):
-        check_entries(file.entries, spec, linear_shapes, file.where)
-        params = {name: stacked(file, name, spec, linear_shapes[name]) for name in spec.targets}
-    return Adapter(params, spec)
+        check_entries(file.entries, spec, shapes, file.where)
+        params = {
+            module: {kind: np.zeros(shape, np.float32) for kind, shape in arrays.items()}
+            for module, arrays in param_shapes(spec, shapes).items()
+        }
+        for name, place in places(spec):
+            params[place.module][place.kind][place.index] = finite_tensor(file, name)
+    return Adapter(jax.tree.map(jnp.asarray, params), spec)
 
 
 def save_adapter(
@@ -124,11 +130,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def verify(folder: Path, adapter: Adapter) -> None:
     """Reads a folder just written; every tensor, rank and scale must be as in `adapter`."""
-    # In the spec's order: JAX sorts the keys of params when it maps over them.
-    pairs = {name: adapter.params[name] for name in adapter.spec.targets}
-    shapes = {name: (p["B"].shape[1], p["A"].shape[2]) for name, p in pairs.items()}
     try:
-        again = read_adapter(folder, shapes, adapter.spec.num_layers)
+        again = read_adapter(folder, adapter.shapes, adapter.spec.num_layers)
     except InputError as error:
         raise StorageError("OUT-VERIFY", folder, f"cannot be read back: {error}") from error
     written, found = dict(tensors_of(adapter)), dict(tensors_of(again))
@@ -138,28 +141,10 @@ def verify(folder: Path, adapter: Adapter) -> None:
 
 
 def tensors_of(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
-    """Each matrix by PEFT's name, padding cut off."""
-    for name in adapter.spec.targets:
-        A, B = (np.asarray(adapter.params[name][matrix]) for matrix in "AB")
-        for layer, rank in enumerate(adapter.spec.ranks(name)):
-            if rank:
-                yield tensor_name(name, layer, "A"), np.ascontiguousarray(A[layer, :rank])
-                yield tensor_name(name, layer, "B"), np.ascontiguousarray(B[layer, :, :rank])
-
-
-def stacked(
-    file: SafetensorsFile, name: str, spec: LoraSpec, shape: tuple[int, int]
-) -> dict[str, jnp.ndarray]:
-    """A and B of one target for all layers, padded with zeros to the largest rank."""
-    out, width = shape
-    ranks = spec.ranks(name)
-    A = np.zeros((len(ranks), max(ranks), width), np.float32)
-    B = np.zeros((len(ranks), out, max(ranks)), np.float32)
-    for layer, rank in enumerate(ranks):
-        if rank:
-            A[layer, :rank] = finite_tensor(file, tensor_name(name, layer, "A"))
-            B[layer, :, :rank] = finite_tensor(file, tensor_name(name, layer, "B"))
-    return {"A": jnp.asarray(A), "B": jnp.asarray(B)}
+    """Each array by PEFT's name, padding cut off."""
+    for name, place in places(adapter.spec):
+        whole = np.asarray(adapter.params[place.module][place.kind])
+        yield name, np.ascontiguousarray(whole[place.index])
 
 
 def finite_tensor(file: SafetensorsFile, name: str) -> np.ndarray:

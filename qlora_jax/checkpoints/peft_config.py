@@ -5,6 +5,7 @@ PEFT itself ignores keys that it does not know, and so computes another model th
 
 from collections.abc import Mapping
 
+from qlora_jax.adapters.adapter import Shapes
 from qlora_jax.adapters.spec import LoraSpec, make_spec
 from qlora_jax.errors import InputError, nearest
 
@@ -14,6 +15,8 @@ READ = {
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
     "use_rslora": bool,
+    "use_dora": bool,
+    "modules_to_save": list,
     "target_modules": (list, str),
     "exclude_modules": (list, str),
     "rank_pattern": dict,
@@ -21,6 +24,7 @@ READ = {
     "layers_to_transform": (list, int),
 }
 MEMBERS = {
+    "modules_to_save": str,
     "target_modules": str,
     "exclude_modules": str,
     "rank_pattern": int,
@@ -38,11 +42,9 @@ ONLY = {
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "layers_pattern": (None, [], "layers", ["layers"]),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "use_bdlora": (None,),
     "lora_bias": (False,),
-    "modules_to_save": (None, []),
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
@@ -74,14 +76,12 @@ IGNORED = {
 OFF = (None, False, "", [], {})  # an unknown key with one of these is switched off
 
 
-def spec_from_config(
-    config: Mapping, linear_shapes: Mapping[str, tuple[int, int]], num_layers: int, where: str
-) -> LoraSpec:
+def spec_from_config(config: Mapping, shapes: Shapes, num_layers: int, where: str) -> LoraSpec:
     """The LoraSpec that an adapter_config.json means for a model.
 
     Args:
       config: the file's content.
-      linear_shapes: (out, in) of each linear of one layer of the model, by layer-relative name.
+      shapes: of the model's modules.
       num_layers: of the model.
       where: the file, for errors.
 
@@ -101,7 +101,7 @@ def spec_from_config(
         "targets": given.pop("target_modules"),
         "exclude": given.pop("exclude_modules", ()),
     }
-    return make_spec(linear_shapes, num_layers, **given, **renamed, where=where)
+    return make_spec(shapes, num_layers, **given, **renamed, where=where)
 
 
 def check_key(key: str, value: object, where: str) -> None:
@@ -154,14 +154,14 @@ def config_from_spec(spec: LoraSpec, base_model_name: str | None) -> dict:
         "layers_to_transform": None,
         "lora_alpha": plain_number(spec.lora_alpha),
         "lora_dropout": spec.lora_dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(spec.modules_to_save) or None,
         "peft_type": "LORA",
         "r": spec.r,
         "rank_pattern": dict(spec.rank_pattern),
         "revision": None,
         "target_modules": list(spec.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
 

@@ -4,31 +4,44 @@ PEFT warns when keys are missing, and the model then answers as if it were not t
 """
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from qlora_jax.adapters.spec import LoraSpec, module_path
+import numpy as np
+
+from qlora_jax.adapters.adapter import Shapes, param_shapes
+from qlora_jax.adapters.spec import SAVED, LoraSpec, module_path
 from qlora_jax.checkpoints.safetensors_header import Entry
 from qlora_jax.errors import InputError, listed
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-Shapes = Mapping[str, tuple[int, int]]  # (out, in) of each linear of one layer
-
-
-def tensor_name(name: str, layer: int, matrix: str) -> str:
-    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`."""
-    return f"base_model.model.{module_path(layer, name)}.lora_{matrix}.weight"
+SUFFIXES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+AXES = {"A": "(r, in)", "B": "(out, r)", "m": "(out,)", "weight": "(vocabulary, hidden)"}
 
 
-def pairs(spec: LoraSpec, shapes: Shapes) -> Iterator[dict[str, tuple[int, int]]]:
-    """The names and shapes of A and B, for each target and layer that has them."""
-    for name in spec.targets:
-        out, width = shapes[name]
-        for layer, rank in enumerate(spec.ranks(name)):
-            if rank:
-                yield {
-                    tensor_name(name, layer, "A"): (rank, width),
-                    tensor_name(name, layer, "B"): (out, rank),
-                }
+class Place(NamedTuple):
+    """Where a tensor of the file lies in an adapter: `params[module][kind][index]`."""
+
+    module: str
+    kind: str  # A, B, m, or weight of a saved module
+    index: tuple[int | slice, ...]
+
+
+def places(spec: LoraSpec) -> Iterator[tuple[str, Place]]:
+    """Every tensor's PEFT name and place, in the spec's order; padding is not in the file.
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   (self_attn.q_proj, A, [0, :r])
+    base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector           ... m, [0]
+    base_model.model.lm_head.weight                                           (lm_head, weight, [])
+    """
+    kinds = ("A", "B", "m") if spec.use_dora else ("A", "B")
+    for module in spec.targets:
+        for layer, rank in enumerate(spec.ranks(module)):
+            index = {"A": (layer, slice(rank)), "B": (layer, slice(None), slice(rank))}
+            for kind in kinds if rank else ():
+                name = f"base_model.model.{module_path(layer, module)}.{SUFFIXES[kind]}"
+                yield name, Place(module, kind, index.get(kind, (layer,)))
+    for module in spec.modules_to_save:
+        yield saved_name(module), Place(module, "weight", ())
 
 
 def check_entries(entries: Mapping[str, Entry], spec: LoraSpec, shapes: Shapes, where: str) -> None:
@@ -37,23 +50,36 @@ def check_entries(entries: Mapping[str, Entry], spec: LoraSpec, shapes: Shapes, 
     Raises:
       InputError: PEFT-MISSING, PEFT-UNKNOWN, PEFT-SHAPE, PEFT-DTYPE.
     """
-    expected = {name: shape for pair in pairs(spec, shapes) for name, shape in pair.items()}
+    whole = param_shapes(spec, shapes)
+    expected = {
+        name: (place.kind, cut(whole[place.module][place.kind], place.index))
+        for name, place in places(spec)
+    }
     if missing := sorted(expected.keys() - entries.keys()):
         raise InputError("PEFT-MISSING", where, f"missing tensors: {listed(missing)}")
     if unknown := sorted(entries.keys() - expected.keys()):
-        raise InputError("PEFT-UNKNOWN", where, f"unknown tensors: {listed(unknown)}")
-    for pair in pairs(spec, shapes):
-        for name, shape in pair.items():
-            check_entry(entries[name], name, shape, where, swapped=list(pair.values())[::-1])
+        extra = [name for name in SAVED if saved_name(name) in unknown]
+        hint = f"modules_to_save: {extra} in adapter_config.json, if meant" if extra else ""
+        found, meant = f"unknown tensors: {listed(unknown)}", "what adapter_config.json promises"
+        raise InputError("PEFT-UNKNOWN", where, found, meant, hint)
+    for name, (kind, shape) in expected.items():
+        entry = entries[name]
+        if entry.shape != shape:
+            other = name.replace(*("lora_A", "lora_B")[:: 1 if kind == "A" else -1])
+            swapped = kind in "AB" and entry.shape == expected[other][1]
+            hint = "a file in which A and B are not swapped" if swapped else ""
+            found, meant = f"has the shape {entry.shape}", f"shape {shape}, {AXES[kind]}"
+            raise InputError("PEFT-SHAPE", f"{where}: {name}", found, meant, hint)
+        if entry.dtype.name not in DTYPES:
+            meant = " or ".join(DTYPES)
+            raise InputError("PEFT-DTYPE", f"{where}: {name}", f"is {entry.dtype.name}", meant)
 
 
-def check_entry(entry: Entry, name: str, shape: tuple[int, int], where: str, swapped: list) -> None:
-    """Refuses one tensor of another shape or type."""
-    if entry.shape != shape:
-        kind = "(out, r)" if name.endswith("lora_B.weight") else "(r, in)"
-        hint = "a file in which A and B are not swapped" if entry.shape in swapped else ""
-        found = f"has the shape {entry.shape}"
-        raise InputError("PEFT-SHAPE", f"{where}: {name}", found, f"shape {shape}, {kind}", hint)
-    if entry.dtype.name not in DTYPES:
-        meant = " or ".join(DTYPES)
-        raise InputError("PEFT-DTYPE", f"{where}: {name}", f"is {entry.dtype.name}", meant)
+def saved_name(module: str) -> str:
+    """PEFT's name of the weight of lm_head or embed_tokens."""
+    return f"base_model.model.{SAVED[module]}.weight"
+
+
+def cut(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:
+    """The shape of `array[index]` for an array of `shape`; none is made."""
+    return np.broadcast_to(np.float32(0), shape)[index].shape

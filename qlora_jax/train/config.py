@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from qlora_jax.adapters.spec import SAVED
 from qlora_jax.data.formats import FORMATS
 from qlora_jax.errors import InputError
 from qlora_jax.optim.schedules import SCHEDULES
@@ -78,7 +79,7 @@ class TrainConfig(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     init: Literal["default"] = "default"
-    modules_to_save: list[str] = []
+    modules_to_save: list[Literal[*SAVED]] = []
 
     # data
     dataset: str | None = None

@@ -75,7 +75,8 @@ UNUSED = (
     Unused(
         (
             *("lora_r", "lora_alpha", "target_modules", "exclude_modules"),
-            *("rank_pattern", "alpha_pattern", "use_rslora", "init"),
+            *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init"),
+            "modules_to_save",
         ),
         lambda s: s["adapter"] is not None,
         "the adapter that is continued has its own",
@@ -125,7 +126,6 @@ UNSUPPORTED = (
         "a revision is part of the model's name",
         "model=ORG/NAME@REVISION, or the path of a folder that holds it",
     ),
-    Unsupported("use_dora", lambda v: v is True, "DoRA is not trained yet", "use_dora=false"),
     Unsupported(
         "stream_weights", is_word("on"), "weights are not streamed yet", "stream_weights=off"
     ),
@@ -134,12 +134,6 @@ UNSUPPORTED = (
         is_other_than("default"),
         "A and B begin as PEFT's default, no other way yet",
         "init=default",
-    ),
-    Unsupported(
-        "modules_to_save",
-        bool,
-        "only adapters are trained, no module in full",
-        "modules_to_save=[]",
     ),
     Unsupported(
         "optim",

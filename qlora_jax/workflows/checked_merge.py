@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.merge import merged_weights
+from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import StorageError
@@ -80,7 +80,8 @@ def checked_merge(
         random = np.random.default_rng(0)
         ids = random.integers(0, model.config.vocab_size, (2, TOKENS)).astype(np.int32)
     pairs = merged_weights(model, adapter, base=base, source=source, dtype=dtype)
-    save_merged(model.config, pairs, config, out, dtype=dtype, extra_files=extra_files)
+    shape = merged_config(model.config, adapter)
+    save_merged(shape, pairs, config, out, dtype=dtype, extra_files=extra_files)
     check = compare(model, adapter, Path(out), ids, tolerance or TOLERANCES[dtype])
     if not check.passed:
         failed = Path(out).rename(f"{out}.failed")

@@ -36,6 +36,8 @@ def rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
     yield "model", f"{config.model or 'given'}: {described(model)}"
     yield "adapter", adapted(model, lora)
     yield "targets", ", ".join(lora.spec.targets)
+    if saved := lora.spec.modules_to_save:
+        yield "in full", ", ".join(saved)
     yield from data_rows(trainer)
     yield "step", step(trainer)
     yield "devices", devices()
@@ -77,10 +79,11 @@ def adapted(model: Decoder, lora: Adapter) -> str:
     ranks = sorted({rank for name in spec.targets for rank in spec.ranks(name) if rank})
     scales = sorted({float(s) for name in spec.targets for s in spec.scales(name) if s})
     rule = "alpha/sqrt(r)" if spec.use_rslora else "alpha/r"
+    dora = ", DoRA" if spec.use_dora else ""
     dropout = f", dropout {spec.lora_dropout:g}" if spec.lora_dropout else ""
     return (
         f"{millions(count)} parameters ({100 * count / size(model)[0]:.2f}% of the base), "
-        f"r {numbers(ranks)}, scale {rule} = {numbers(scales)}{dropout}"
+        f"r {numbers(ranks)}, scale {rule} = {numbers(scales)}{dora}{dropout}"
     )
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.merge import merged_weights
+from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.checkpoints.aligned import aligned_empty
 from qlora_jax.checkpoints.names import LAYERS, split
 from qlora_jax.models import Decoder
@@ -25,6 +25,7 @@ def merge(
         dense = merge(model, run.lora)
 
         W + scale * B A        in float32, then rounded to `dtype`
+        m/n (W + scale * B A)  with DoRA, see adapters/dora.py
 
     Args:
       model: the base; unchanged, so that there is nothing to unmerge.
@@ -37,10 +38,10 @@ def merge(
     Raises:
       InputError: the adapter is not finite, or a merged weight is too large for `dtype`.
     """
-    dtype, layers = dtype or model.dtype, model.config.num_hidden_layers
+    dtype, config = dtype or model.dtype, merged_config(model.config, adapter)
     stacked: dict[str, np.ndarray] = {}
-    for name, shape in weight_shapes(model.config).items():
-        lead = (layers,) if name.startswith(LAYERS) else ()
+    for name, shape in weight_shapes(config).items():
+        lead = (config.num_hidden_layers,) if name.startswith(LAYERS) else ()
         stacked[name] = aligned_empty((*lead, *shape), jnp.dtype(dtype))
     pairs = merged_weights(model, adapter, base=base, source=source, dtype=dtype)
     for name, weight in pairs:
@@ -48,4 +49,4 @@ def merge(
         stacked[whole][... if layer is None else layer] = weight
     # Popped, so that host and device never hold the whole model twice.
     weights = {name: jnp.asarray(stacked.pop(name)) for name in list(stacked)}
-    return Decoder.from_weights(model.config, weights, dtype)
+    return Decoder.from_weights(config, weights, dtype)

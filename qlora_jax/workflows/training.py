@@ -20,7 +20,7 @@ from qlora_jax.data.load import load_dataset
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
-from qlora_jax.models.families import linear_shapes
+from qlora_jax.models.families import module_shapes
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.adapter_folder import load_adapter
@@ -165,7 +165,7 @@ def spec_of(config: TrainConfig, shape: ModelConfig) -> LoraSpec:
       InputError: LORA-TARGETS, a target that matches nothing, with the nearest names.
     """
     return make_spec(
-        linear_shapes(shape),
+        module_shapes(shape),
         shape.num_hidden_layers,
         r=config.lora_r,
         alpha=config.lora_alpha,
@@ -174,6 +174,8 @@ def spec_of(config: TrainConfig, shape: ModelConfig) -> LoraSpec:
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=config.modules_to_save,
         dropout=config.lora_dropout,
     )
 
@@ -181,7 +183,7 @@ def spec_of(config: TrainConfig, shape: ModelConfig) -> LoraSpec:
 def begin(config: TrainConfig, model: Decoder, spec: LoraSpec | None) -> Adapter:
     """A new adapter of this spec; without one, the adapter that the run goes on from."""
     if spec is not None:
-        return init_adapter(model.linear_shapes(), spec, jax.random.key(config.seed))
+        return init_adapter(model, spec, jax.random.key(config.seed))
     lora = load_adapter(config.adapter, model)
     if "lora_dropout" not in config.model_fields_set:
         return lora

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.adapters.adapter import count_parameters
 from qlora_jax.checkpoints.load import Loader
 from qlora_jax.checkpoints.names import LAYERS
 from qlora_jax.checkpoints.peft import read_adapter
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.errors import InputError, QloraError
 from qlora_jax.models import ModelConfig
-from qlora_jax.models.families import linear_shapes, weight_shapes
+from qlora_jax.models.families import module_shapes, weight_shapes
 from qlora_jax.train.config import PATHS, TrainConfig, beside
 from qlora_jax.train.config_rules import ALIASES
 from qlora_jax.train.config_yaml import parse_overrides, read_yaml
@@ -156,13 +157,13 @@ class Rejected(InputError):
 
 def check_targets(config: TrainConfig, shape: ModelConfig, found: Validation) -> None:
     """What the adapter would be."""
-    shapes = linear_shapes(shape)
+    shapes = module_shapes(shape)
     if config.adapter is not None:
         spec = read_adapter(config.adapter, shapes, shape.num_hidden_layers).spec
     else:
         spec = spec_of(config, shape)
-    count = sum(sum(spec.ranks(name)) * sum(shapes[name]) for name in spec.targets)
-    found.ok("targets", f"{', '.join(spec.targets)}: {millions(count)} parameters")
+    names = ", ".join((*spec.targets, *spec.modules_to_save))
+    found.ok("targets", f"{names}: {millions(count_parameters(spec, shapes))} parameters")
 
 
 def total(shapes: dict[str, tuple[int, ...]], layers: int) -> int:

@@ -19,11 +19,12 @@ class SmallConfig:
 @dataclasses.dataclass(frozen=True)
 class SmallModel:
     held: dict = dataclasses.field(default_factory=dict)
+    shapes: dict = dataclasses.field(default_factory=lambda: SHAPES)
     config: SmallConfig = SmallConfig()
     dtype: str = "float32"
 
-    def linear_shapes(self):
-        return dict(SHAPES)
+    def module_shapes(self):
+        return self.shapes | dict.fromkeys(("lm_head", "embed_tokens"), (9, 8))
 
     def weights(self):
         return self.held

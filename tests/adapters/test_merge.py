@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.init import init_adapter, init_lora
+from qlora_jax.adapters.init import init_lora
 from qlora_jax.adapters.merge import merge_weight, merged_weights
-from qlora_jax.adapters.spec import make_spec
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
 from tests.adapters.small_model import SHAPES, SmallModel
@@ -90,8 +89,8 @@ def test_a_4_bit_base_is_merged_as_the_model_computes_with_it():
     shapes = {Q: (64, 128)}
     base = jax.vmap(quantize)(jax.random.normal(jax.random.key(3), (LAYERS, *shapes[Q])))
     assert isinstance(base, QuantizedTensor)
-    model = SmallModel({f"model.layers.{Q}.weight": base})
-    lora = trained(init_adapter(shapes, make_spec(shapes, LAYERS, r=4), jax.random.key(0)))
+    model = SmallModel({f"model.layers.{Q}.weight": base}, shapes)
+    lora = trained(init_lora(model, r=4, key=jax.random.key(0)))
     merged = dict(merged_weights(model, lora))
     dense = base.dequantize("float32")
     for layer in range(LAYERS):

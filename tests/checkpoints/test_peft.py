@@ -24,15 +24,21 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 def trained(**settings) -> Adapter:
     """An adapter of random numbers, zero where it is padding."""
     random = np.random.default_rng(0)
-    spec = make_spec(MODEL.linear_shapes(), MODEL.config.num_hidden_layers, **settings)
+    shapes = MODEL.module_shapes()
+    spec = make_spec(shapes, MODEL.config.num_hidden_layers, **settings)
     params = {}
     for name in spec.targets:
-        out, width = MODEL.linear_shapes()[name]
+        out, width = shapes[name]
         ranks = spec.ranks(name)
         real = np.float32(np.arange(max(ranks)) < np.array(ranks)[:, None])  # (L, r)
         A = real[:, :, None] * np.float32(random.normal(size=(*real.shape, width)))
         B = real[:, None, :] * np.float32(random.normal(size=(len(ranks), out, max(ranks))))
         params[name] = {"A": jnp.asarray(A), "B": jnp.asarray(B)}
+        if spec.use_dora:
+            m = real.any(1)[:, None] * np.float32(random.normal(size=(len(ranks), out)))
+            params[name]["m"] = jnp.asarray(m)
+    for name in spec.modules_to_save:
+        params[name] = {"weight": jnp.asarray(np.float32(random.normal(size=shapes[name])))}
     return Adapter(params, spec)
 
 
@@ -72,6 +78,8 @@ def refused(folder: Path, message: str) -> InputError:
         {"r": 4, "targets": ["q_proj", "layers.1.mlp.down_proj"]},
         {"r": 4, "targets": r"model\.layers\.[02]\..*", "exclude": ["k_proj"]},
         {"r": 4, "rank_pattern": {r"layers\.0\.mlp\..*": 2}, "alpha_pattern": {"q_proj": 3}},
+        {"r": 4, "use_dora": True, "targets": ["q_proj", "layers.1.mlp.down_proj"]},
+        {"r": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
     ],
 )
 def test_saved_and_loaded_is_the_same(tmp_path, settings):
@@ -199,9 +207,16 @@ def test_a_truncated_file_on_the_disk_is_an_error_of_storage(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora: True is not supported"),
+        ({"use_dora": True}, r"missing tensors: .*k_proj.lora_magnitude_vector.* and 5 more"),
+        ({"use_dora": 1}, r"use_dora: 1 \(expected bool\)"),
         ({"bias": "all"}, "bias: 'all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"missing tensors: base_model.model.lm_head.weight"),
+        ({"modules_to_save": ["norm"]}, "'norm' cannot be trained in full.*lm_head, embed_tokens"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save: 'lm_head' \(expected list\)"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head has no A and B.*modules_to_save"),
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens has no A and B.*modules_to_save"),
+        ({"target_modules": ".*q_proj|lm_head"}, r"lm_head has no A and B.*modules_to_save"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying: True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias"),
         ({"target_parameters": ["x"]}, "target_parameters"),
@@ -276,6 +291,10 @@ def poison(tensors):
         (lambda t: t.pop(f"{Q0}.lora_B.weight"), f"missing tensors: {Q0}.lora_B.weight"),
         (lambda t: t.clear(), "missing tensors: .* and 20 more"),
         (lambda t: t.update(extra=np.ones(2)), "unknown tensors: extra"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": np.ones((9, 8))}),
+            r"unknown tensors: .*lm_head.weight.* Try: modules_to_save: \['lm_head'\]",
+        ),
         (swap, r"lora_A.weight: has the shape \(16, 4\) \(expected shape \(4, 8\), .*swapped"),
         (poison, r"q_proj.lora_A.weight: is not finite: inf at index \(1, 2\)"),
         (lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((4, 8))}), "is float64"),

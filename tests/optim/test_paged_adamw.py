@@ -23,10 +23,10 @@ TRANSFORMS = {
 }
 
 
-def random_tree(seed, scale=1.0):
+def random_tree(seed, scale=1.0, shapes=SHAPES):
     rng = np.random.default_rng(seed)
     draw = lambda shape: (scale * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
-    return to_device(jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple)))
+    return to_device(jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple)))
 
 
 def bits(tree):
@@ -70,6 +70,23 @@ def test_paged_equals_resident_optax_bit_for_bit(name, resident):
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *pages)
     assert_same_bits([leaf for leaf in jax.tree.leaves(stacked) if leaf.ndim > 1], moments)
     assert any(np.any(a != b) for a, b in zip(bits(start), bits(plain), strict=True))
+
+
+@pytest.mark.parametrize("rows", [LAYERS, LAYERS + 1, 2 * LAYERS, 31])
+def test_a_longer_leaf_is_paged_by_rows(rows):
+    shapes = SHAPES | {"lm_head": {"weight": (rows, 33)}}
+    start = random_tree(0, 0.1, shapes)
+    optimizers = [paged_adamw(1e-3, weight_decay=1e-2, memory=m) for m in ("host", "device")]
+    runs = [(jax.tree.map(jnp.copy, start), optimizer.init(start)) for optimizer in optimizers]
+    assert len(runs[0][1]) == LAYERS
+    for step in range(3):
+        grads = random_tree(step + 1, shapes=shapes)
+        runs = [
+            optimizer.apply(params, grads, state)
+            for optimizer, (params, state) in zip(optimizers, runs, strict=True)
+        ]
+    assert_same_bits(runs[0][0], runs[1][0])
+    assert all(np.any(a != b) for a, b in zip(bits(start), bits(runs[0][0]), strict=True))
 
 
 def test_state_lives_where_it_was_asked_to_and_bytes_are_counted():
@@ -121,9 +138,9 @@ def test_host_memory_is_refused_for_a_transform_not_declared_elementwise():
 def test_wrong_words_and_trees_are_refused():
     with pytest.raises(InputError, match="unknown 'cpu'"):
         Paged(optax.adamw(1e-3), memory="cpu")
-    ragged = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}
-    with pytest.raises(InputError, match=r"leading axes \[\(2,\), \(3,\)\]"):
-        paged_adamw(1e-3, memory="host").init(ragged)
+    for tree in ({"a": jnp.ones((2, 3)), "b": jnp.float32(1)}, {}):
+        with pytest.raises(InputError, match=r"OPT-PAGES.*without an axis.*optim_memory=device"):
+            paged_adamw(1e-3, memory="host").init(tree)
 
 
 GOLDEN_ADAMW = {"torch_adamw", "bnb_adamw32", "bnb_paged_adamw32"}
