@@ -26,8 +26,9 @@ from qlora_jax.checkpoints.safetensors_header import Spec
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
+from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.policy import QuantizationConfig
-from qlora_jax.quantization.tensor import QuantizedTensor, quantize
+from qlora_jax.quantization.tensor import QuantizedTensor
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
@@ -235,15 +236,15 @@ class Loader:
     def quantized(self, name: str, dense: np.ndarray) -> QuantizedTensor:
         """One weight in 4 bits."""
         how = self.quantization
-        tensor = quantize(
-            jax.device_put(dense),
+        tensor = quantize_in_pieces(
+            dense,
             kind=how.kind,
             block_size=how.block_size,
             double_quant=how.double_quant,
         )
         if self.on_weight:
             self.on_weight(name, dense, tensor)
-        return jax.tree.map(np.asarray, tensor)
+        return tensor
 
     def nbytes(self, name: str) -> int:
         """Bytes of a weight as it is read, scales and tables included."""

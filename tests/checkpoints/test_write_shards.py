@@ -56,6 +56,46 @@ def test_shards_are_read_again(tmp_path, shard_bytes):
             assert read.tobytes() == array.tobytes()
 
 
+OPEN = {"f": np.arange(3, dtype=np.uint8), "aa": np.zeros(0, np.uint8)}
+ROOM = {name: (np.dtype(np.uint8), (1000,)) for name in OPEN}
+
+
+@pytest.mark.parametrize("shard_bytes", [10**6, 13])
+def test_vectors_may_become_shorter_than_announced(tmp_path, shard_bytes):
+    specs = {"f": ROOM["f"], **SPECS, "aa": ROOM["aa"]}
+    with model_folder(tmp_path / "out", {}, specs, {}, shard_bytes, list(OPEN)) as writer:
+        for name, array in {**OPEN, **TREE}.items():
+            writer.write(name, array)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    read = {}
+    for file in files:  # the package takes what we wrote, and its rules are ours
+        read |= safetensors.numpy.load_file(file)
+        assert file.stat().st_size < 1000
+    tree = {**OPEN, **TREE}
+    assert read.keys() == tree.keys()
+    for name, array in tree.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        assert read[name].tobytes() == array.tobytes()
+    if len(files) > 1:
+        index = json.loads((tmp_path / "out" / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(array.nbytes for array in tree.values())
+
+
+@pytest.mark.parametrize("array", [np.zeros(1001, np.uint8), np.zeros((1, 2), np.uint8)])
+def test_but_not_longer_nor_of_another_rank(tmp_path, array):
+    with pytest.raises(AssertionError), ShardWriter(tmp_path, ROOM, open_ended=ROOM) as writer:
+        writer.write("f", array)
+
+
+def test_some_files_are_made_when_the_weights_are_written(tmp_path):
+    seen = []
+    with model_folder(tmp_path / "out", {}, SPECS, {"late": lambda: bytes(seen)}) as writer:
+        for name, array in TREE.items():
+            writer.write(name, array)
+        seen.append(7)
+    assert (tmp_path / "out" / "late").read_bytes() == b"\x07"
+
+
 def test_groups_keep_the_order_and_the_limit():
     specs = {
         name: (np.dtype(np.uint8), (size,)) for name, size in zip("abcd", (3, 3, 9, 1), strict=True)
