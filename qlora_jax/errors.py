@@ -43,6 +43,10 @@ class InputError(QloraError):
     exit_code = 2
 
 
+class Note(UserWarning):
+    """Something was passed over that does no harm; the command line prints it as one line."""
+
+
 class ConfigMismatch(QloraError):
     """A run that is resumed with another configuration than it was started with."""
 

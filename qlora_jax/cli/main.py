@@ -8,10 +8,11 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from qlora_jax.errors import InputError, QloraError, listed, nearest
+from qlora_jax.errors import InputError, Note, QloraError, listed, nearest
 
 COMMANDS = {
     "train": "fine-tune an adapter on a 4-bit model, as a configuration file says",
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives the exit code: 0, that of the error, or 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = shown(warnings.showwarning)
+            return dispatch(argv)
     except QloraError as error:
         if "--debug" in argv:
             raise
@@ -55,6 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `qlora-jax ... | head` is no error. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def shown(otherwise: Callable) -> Callable:
+    """Prints a Note as one line; other warnings as Python does."""
+
+    def show(message, category, *where, **more) -> None:
+        if issubclass(category, Note):
+            print(f"note       {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
 
 
 def dispatch(argv: list[str]) -> int:

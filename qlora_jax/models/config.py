@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.errors import InputError, listed, nearest
+from qlora_jax.errors import InputError, Note, listed, nearest
 from qlora_jax.models import families, rope_config
 from qlora_jax.models.families import FAMILIES, Family
 from qlora_jax.models.rope import Rope
@@ -255,7 +255,7 @@ def refuse_unknown_mathematics(config: Mapping[str, Any], family: Family, where:
             raise reader.error(key, found, f"options of {family.model_type}", hint)
         passed.append(key)
     if passed:
-        warnings.warn(f"{where}: not read, not known: {listed(passed)}", stacklevel=2)
+        warnings.warn(f"{where}: not known, not read: {listed(passed)}", Note, stacklevel=2)
 
 
 def read_windows(read: Reader, family: Family, layers: int) -> tuple[int | None, ...]:

@@ -1,5 +1,7 @@
 """The command line: one line for a user's error, exit codes, no traceback unless asked for."""
 
+import json
+import shutil
 import subprocess
 import sys
 import types
@@ -8,6 +10,7 @@ import pytest
 
 from qlora_jax.cli import main as cli
 from qlora_jax.errors import DoesNotFit
+from tests.golden_data import GOLDEN
 
 
 @pytest.fixture
@@ -106,3 +109,13 @@ def test_a_closed_pipe_is_quiet():
     with process.stderr as stream:
         assert stream.read() == b""
     assert process.wait() == 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_note_is_one_line(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "models" / "llama", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"written_by": "someone"}))
+    assert cli.main(["inspect", str(tmp_path / "model")]) == 0
+    expected = f"note       {tmp_path}/model: not known, not read: written_by\n"
+    assert capsys.readouterr().err == expected

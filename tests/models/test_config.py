@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, Note
 from qlora_jax.models.config import ModelConfig
 from tests.golden_data import GOLDEN
 
@@ -113,5 +113,5 @@ def test_an_unknown_family_names_the_nearest():
 
 def test_an_option_that_is_off_or_harmless_is_passed_over():
     assert read("llama", use_alibi=False, num_experts=0, clip_qkv=None) == read("llama")
-    with pytest.warns(UserWarning, match="not read, not known: unsloth_version"):
+    with pytest.warns(Note, match="not known, not read: unsloth_version"):
         assert read("llama", unsloth_version="2026.1") == read("llama")
