@@ -240,6 +240,9 @@ def read_tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, Tensor
             found = f"truncated: ends at byte {start + end}, the file has {cursor.size}"
             raise InputError("GG-CUT", where, found, hint="download the file again")
         tensors[name] = Tensor(shape, block, start + offset, nbytes)
+    if cursor.size > start + aligned(end):  # a byte put in anywhere before shifts what follows
+        found = f"{cursor.size - start - end} bytes behind the last tensor"
+        raise InputError("GG-TRAILING", cursor.where, found, hint="download the file again")
     return tensors
 
 

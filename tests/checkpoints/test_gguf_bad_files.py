@@ -97,6 +97,12 @@ def plus(name: str, shape: tuple[int, ...]):
     return lambda: tiny().put(name, np.ones(shape, np.float32), gguf.GGMLQuantizationType.F32)
 
 
+def with_yarn(key: str, value: tuple[int, bytes]):
+    scaling = "llama.rope.scaling."
+    file = tiny().set(scaling + "type", string("yarn")).set(scaling + "factor", f32(2.0))
+    return lambda: file.set(scaling + key, value)
+
+
 NORM, NORMS_BYTES = "output_norm.weight", WIDTH * 4
 Q = "blk.0.attn_q.weight"
 TOKENS = "tokenizer.ggml.tokens"
@@ -155,6 +161,7 @@ BAD = [
     ("misaligned", "GG-OFFSET", with_field(offsets={Q: 1})),
     ("overlapping", "GG-OFFSET", with_field(offsets={NORM: 0})),
     ("a hole", "GG-OFFSET", with_field(offsets={NORM: 1 << 20})),
+    ("bytes behind the data", "GG-TRAILING", lambda: tiny().tobytes() + b"x"),
     ("offset 2^64 - 32", "GG-OFFSET", with_field(offsets={NORM: (1 << 64) - 32})),
     # what the model says of itself
     ("unknown architecture", "GG-ARCH", with_key("general.architecture", string("mamba"))),
@@ -173,7 +180,16 @@ BAD = [
     ("experts", "GG-META", with_key("llama.expert_count", u32(8))),
     ("unknown family key", "GG-META", with_key("llama.attention.clamp_kqv", f32(8.0))),
     ("partial rotary", "GG-META", with_key("llama.rope.dimension_count", u32(8))),
-    ("yarn", "GG-ROPE", with_key("llama.rope.scaling.type", string("yarn"))),
+    ("yarn without a factor", "GG-META", with_key("llama.rope.scaling.type", string("yarn"))),
+    ("yarn ramp", "GG-ROPE", with_yarn("yarn_ext_factor", f32(0.5))),
+    ("yarn of infinite factor", "GG-META", with_yarn("factor", f32(np.inf))),
+    ("yarn in unknown words", "GG-META", with_yarn("yarn_log_multiplier", f32(0.1))),
+    ("longrope", "GG-ROPE", with_key("llama.rope.scaling.type", string("longrope"))),
+    ("unknown rope scaling", "GG-ROPE", with_key("llama.rope.scaling.type", string("x\n" * 99))),
+    ("not causal", "GG-META", with_key("llama.attention.causal", (BOOL, b"\x00"))),
+    ("a window", "GG-META", with_key("llama.attention.sliding_window", u32(8))),
+    ("a matrix of frequencies", "GG-ROPE", plus("rope_freqs.weight", (8, 8))),
+    ("eot out of range", "GG-VOCAB", with_key("tokenizer.ggml.eot_token_id", u32(VOCAB))),
     ("foreign frequencies", "GG-ROPE", plus("rope_freqs.weight", (7,))),
     ("vocabulary too short", "GG-SHAPE", with_key(TOKENS, strings(["a", "b", "c"]))),
     ("vocabulary contradicted", "GG-VOCAB", with_key("llama.vocab_size", u32(9))),
@@ -185,7 +201,12 @@ BAD = [
     ("2^30 layers claimed", "GG-MISSING", with_key("llama.block_count", u32(1 << 30))),
     ("a layer too many", "GG-UNKNOWN", plus("blk.1.attn_norm.weight", (WIDTH,))),
     ("unknown tensor", "GG-UNKNOWN", plus("blk.0.attn_sinks.weight", (HEADS,))),
-    ("a bias", "GG-UNKNOWN", plus("blk.0.attn_q.bias", (WIDTH,))),
+    ("one bias of four", "GG-MISSING", plus("blk.0.attn_q.bias", (WIDTH,))),
+    ("a bias of a norm", "GG-UNKNOWN", plus("blk.0.attn_norm.bias", (WIDTH,))),
+    ("a bias of v alone", "GG-UNKNOWN", plus("blk.0.attn_v.bias", (16,))),
+    ("a scale", "GG-UNKNOWN", plus("blk.0.attn_q.scale", (1,))),
+    ("another family's norm", "GG-UNKNOWN", plus("blk.0.attn_q_norm.weight", (16,))),
+    ("Phi 3's factors", "GG-UNKNOWN", plus("rope_factors_long.weight", (8,))),
     ("layer 00", "GG-UNKNOWN", plus("blk.00.attn_norm.weight", (WIDTH,))),
     ("unknown top tensor", "GG-UNKNOWN", plus("../../etc/passwd", (WIDTH,))),
 ]
