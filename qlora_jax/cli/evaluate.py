@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints a row a model."""
-    from qlora_jax.cli.progress import bar
+    from qlora_jax.cli.progress import bar, counter
     from qlora_jax.evaluation.perplexity import perplexity
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.evaluation_data import evaluation_data
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     adapters = {path: load_adapter(path, model, any_base=args.any_base) for path in args.adapter}
     results = {}
     for name, adapter in {"base": None, **adapters}.items():
-        with bar(f"evaluating {name}") as progress:
+        with counter(f"evaluating {name}") as progress:
             results[name] = perplexity(
                 model, data, adapter=adapter, batch_size=args.batch_size, progress=progress
             )

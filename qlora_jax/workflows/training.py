@@ -50,7 +50,7 @@ def open_run(
       config: with model, dataset and output_dir.
       resume: output_dir may hold a run already.
       say: takes each printed line.
-      progress: called after each tensor of the model with (done, total, name).
+      progress: called after each tensor with (bytes done, bytes in all, name).
 
     Raises:
       InputError: whatever is wrong, before any weight is read if it can be known by then.
