@@ -10,6 +10,7 @@ from qlora_jax.adapters.adapter import Adapter, check_finite
 from qlora_jax.adapters.init import init_adapter, init_lora
 from qlora_jax.adapters.spec import make_spec
 from qlora_jax.errors import InputError
+from qlora_jax.quantization.tensor import quantize
 from tests.adapters.small_model import SmallModel
 
 KEY = jax.random.key(7)
@@ -25,6 +26,45 @@ def test_the_whole_tree():
     }
     assert lora.num_parameters == 3 * 4 * (8 + 16 + 12 + 8)
     assert lora.nbytes == 4 * lora.num_parameters
+
+
+def model_with_weights(**weights) -> SmallModel:
+    """Random weights; of the linears q_proj alone, in 4 bits."""
+    random = jax.random.normal
+    q = jax.vmap(quantize)(random(jax.random.key(0), (3, 128, 64)))
+    embedding = random(jax.random.key(1), (9, 8)).astype(jnp.bfloat16)
+    held = {"model.embed_tokens.weight": embedding, "model.layers.self_attn.q_proj.weight": q}
+    return SmallModel(held | weights, {"self_attn.q_proj": (128, 64)})
+
+
+def test_dora_begins_with_the_lengths_of_the_bases_rows():
+    model = model_with_weights()
+    lora = init_lora(model, r=4, use_dora=True, key=KEY, rank_pattern={"layers.1.*": 2})
+    dense = model.held["model.layers.self_attn.q_proj.weight"].dequantize("float32")
+    m = lora.params["self_attn.q_proj"]["m"]
+    np.testing.assert_allclose(m, np.linalg.norm(dense, axis=2), rtol=1e-6)
+    assert lora.num_parameters == (4 + 2 + 4) * (64 + 128) + 3 * 128
+    other = init_lora(model, r=4, use_dora=True, key=KEY, targets=["layers.1.self_attn.q_proj"])
+    assert not other.params["self_attn.q_proj"]["m"][::2].any()  # no adapter, nothing to train
+    assert other.num_parameters == 4 * (64 + 128) + 128
+
+
+def test_modules_to_save_begin_as_float32_copies_of_the_bases():
+    tied, head = model_with_weights(), quantize(jnp.ones((9, 8)), block_size=32)
+    own = model_with_weights(**{"lm_head.weight": head})
+    names = ["embed_tokens", "lm_head"]
+    for model, wanted in ((tied, tied.held["model.embed_tokens.weight"]), (own, jnp.ones((9, 8)))):
+        lora = init_lora(model, r=2, modules_to_save=names, key=KEY)
+        assert lora.spec.modules_to_save == ("lm_head", "embed_tokens")
+        saved = [lora.params[name]["weight"] for name in lora.spec.modules_to_save]
+        assert all(weight.dtype == jnp.float32 for weight in saved)
+        np.testing.assert_array_equal(saved[0], wanted.astype(jnp.float32))
+        np.testing.assert_array_equal(saved[1], tied.held["model.embed_tokens.weight"])
+        assert lora.num_parameters == 3 * 2 * (64 + 128) + 2 * 9 * 8
+    wide = SmallModel({"model.embed_tokens.weight": jnp.ones((9, 8))}, tied.shapes)
+    copy = init_lora(wide, r=2, modules_to_save=names, key=KEY).params["lm_head"]["weight"]
+    copy.delete()  # as a step that takes its parameters over does
+    assert wide.held["model.embed_tokens.weight"].sum() == 72
 
 
 def test_padding_counts_as_bytes_and_not_as_parameters():
@@ -117,3 +157,7 @@ def test_a_value_that_is_not_finite_is_named():
     where = r"model\.layers\.1\.self_attn\.q_proj\.lora_B: nan at \[3, 0\], not finite"
     with pytest.raises(InputError, match=where):
         check_finite(spoiled)
+    lora = init_lora(model_with_weights(), r=2, modules_to_save=["lm_head"], key=KEY)
+    head = lora.params["lm_head"]["weight"].at[4, 2].set(-jnp.inf)
+    with pytest.raises(InputError, match=r"lm_head\.weight: -inf at \[4, 2\], not finite"):
+        check_finite(Adapter(lora.params | {"lm_head": {"weight": head}}, lora.spec))

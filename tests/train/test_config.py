@@ -103,6 +103,7 @@ def test_a_name_and_its_alias_together_are_refused():
         ("optim", "sgd", "'sgd' (expected paged_adamw_32bit)"),
         ("packing", "yes", "'yes' (expected true or false)"),
         ("target_modules", 3, "3 (expected text or a list of text)"),
+        ("modules_to_save", ["norm"], "'norm' for 0 (expected a list of one of lm_head, embed"),
         ("rank_pattern", {"q": 0}, "0 for 'q' (expected keys, each with a whole number from 1"),
         ("output_dir", 3, "3 (expected text or null)"),
     ],
@@ -123,10 +124,8 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
 
 REFUSED = [
     ("revision", "main"),
-    ("use_dora", True),
     ("stream_weights", "on"),
     ("init", "pissa"),
-    ("modules_to_save", ["lm_head"]),
     ("optim", "paged_adamw_8bit"),
     ("optim", "adamw_8bit"),
     ("report_to", ["wandb"]),
@@ -171,6 +170,8 @@ IDLE = [
             "rank_pattern": {"q_proj": 4},
             "alpha_pattern": {"q_proj": 4},
             "use_rslora": True,
+            "use_dora": True,
+            "modules_to_save": ["lm_head"],
             "init": "default",
         }.items()
     ),
@@ -208,7 +209,7 @@ def test_evaluation_keys_need_evaluation_data(tmp_path, key):
 def test_all_errors_come_at_once_and_each_says_where(tmp_path):
     path = write(
         tmp_path,
-        "model: m\nlr_rate: 1\nlora_rank: 9999\nuse_dora: true\neval_steps: 5\npacking: yes\n",
+        "model: m\nlr_rate: 1\nlora_rank: 9999\ninit: pissa\neval_steps: 5\npacking: yes\n",
     )
     build = lambda: TrainConfig.from_yaml(path, ["dtype=f32", "nonsense=1"])  # noqa: E731
     found, text = problems(build)
@@ -218,7 +219,7 @@ def test_all_errors_come_at_once_and_each_says_where(tmp_path):
         ("CFG-MISSING", f"{path}:dataset"),
         ("CFG-MISSING", f"{path}:output_dir"),
         ("CFG-UNUSED", f"{path}:eval_steps"),
-        ("CFG-UNSUPPORTED", f"{path}:use_dora"),
+        ("CFG-UNSUPPORTED", f"{path}:init"),
         ("CFG-VALUE", f"{path}:lora_r"),
         ("CFG-VALUE", f"{path}:packing"),
         ("CFG-VALUE", "command line:dtype"),
