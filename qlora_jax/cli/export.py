@@ -1,65 +1,74 @@
-"""Writes a model or an adapter in another format; verified after writing, never overwriting.
+"""Writes a model or an adapter in another format; read back and compared, never overwriting.
 
-hf      a 4-bit, GGUF or dense model as a dense Hugging Face folder
-peft    an adapter (a run, a checkpoint, or one saved by orbax) as PEFT lays it out
-orbax   an adapter, or a model's weights, as an Orbax checkpoint with digests
+of a model: a folder, 4-bit or dense, a .gguf file, or an id of the Hub
+  hf         a dense Hugging Face folder
+  bnb-4bit   a 4-bit folder that transformers opens with bitsandbytes
+  gguf       one file for llama.cpp
+  orbax      its weights as an Orbax checkpoint with digests
+
+of an adapter: PEFT's folder, a run, a checkpoint, or one that Orbax holds
+  peft       a folder that PEFT loads
+  gguf-lora  one file for llama.cpp's --lora
+  orbax      an Orbax checkpoint with digests
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.cli.options import dtype_argument
+from qlora_jax.cli.options import dtype_argument, shard_argument, sharding, written
 from qlora_jax.errors import InputError, nearest
 
-FORMATS = ("hf", "peft", "orbax")
-LATER = ("bnb-4bit", "gguf", "gguf-lora")
+OF_MODELS = ("hf", "bnb-4bit", "gguf", "orbax")
+OF_ADAPTERS = ("peft", "gguf-lora", "orbax")
+FORMATS = ("hf", "bnb-4bit", "peft", "gguf", "gguf-lora", "orbax")
+GGUF = ("gguf", "gguf-lora")
+TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # --dtype as --type
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares path, output and format."""
-    parser.add_argument("path", help="a model (folder or .gguf) or an adapter's folder")
-    parser.add_argument("out", help="a new folder")
-    parser.add_argument("--format", required=True, help=", ".join(FORMATS))
+    parser.add_argument("path", help="a model (folder, .gguf, Hub id) or an adapter's folder")
+    parser.add_argument("out", help="a new folder; for gguf and gguf-lora a new NAME.gguf")
+    parser.add_argument("--format", required=True, metavar="F", help=", ".join(FORMATS))
     parser.add_argument(
-        "--model", metavar="BASE", help="an adapter's base; only its shapes are read"
+        "--model", metavar="BASE", help="an adapter's base: its config.json and shapes are read"
     )
-    dtype_argument(parser, "dense weights that are written")
+    dtype_argument(parser, "what is written dense")
+    parser.add_argument(
+        "--type",
+        choices=(*TYPES.values(), "q8_0", "q4_0"),
+        help="of a GGUF file's matrices (default: as --dtype)",
+    )
+    shard_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT."""
-    from qlora_jax.checkpoints.peft import CONFIG
+    check_format(args.format)
+    is_adapter = holds_adapter(args.path)
+    check_kind(args, is_adapter)
+    check_options(args, is_adapter)
+    refuse_name(args)
     from qlora_jax.workflows.convert import refuse_taken
 
-    check_format(args.format)
     refuse_taken(args.out)
-    is_adapter = (Path(args.path) / CONFIG).exists() or (Path(args.path) / "manifest.json").exists()
-    if args.format == "hf":
-        if is_adapter:
-            found = "is an adapter; a dense model of it and its base is a merge"
-            hint = f"qlora-jax merge {args.path} {args.out} --model BASE"
-            raise InputError("EXPORT-HF", args.path, found, "a model", hint)
-        note = export_hf(args)
-    elif is_adapter:
-        note = export_adapter(args)
-    elif args.format == "peft":
-        found = "is no adapter" if Path(args.path).exists() else "missing adapter: no such folder"
-        raise InputError("EXPORT-PEFT", args.path, found, "a folder with adapter_config.json")
-    else:
-        note = export_parameters(args)
-    print(f"written    {args.out} ({args.format})")
-    if note:
+    write = {
+        "hf": export_hf,
+        "bnb-4bit": export_4bit,
+        "peft": export_peft,
+        "gguf": export_gguf,
+        "gguf-lora": export_gguf_lora,
+        "orbax": export_adapter_arrays if is_adapter else export_weights,
+    }[args.format]
+    notes = write(args)
+    print(written(args.out, args.format))
+    for note in notes:
         print(f"note       {note}")
 
 
 def check_format(name: str) -> None:
-    """Refuses what is not written: by name what comes later, with the nearest what is unknown."""
-    if name in LATER:
-        hint = "qlora-jax quantize, which writes bitsandbytes' 4-bit format"
-        found = f"{name} is not written by this version"
-        hint = hint if name == "bnb-4bit" else "--format hf"
-        raise InputError("EXPORT-FORMAT", "--format", found, f"one of {', '.join(FORMATS)}", hint)
+    """Refuses an unknown format, and names the nearest."""
     if name not in FORMATS:
         close = nearest(name, FORMATS)
         hint = f"--format {close[0]}" if close else ""
@@ -67,60 +76,144 @@ def check_format(name: str) -> None:
         raise InputError("EXPORT-FORMAT", "--format", f"unknown format {name!r}", expected, hint)
 
 
-def export_hf(args: argparse.Namespace) -> str:
+def holds_adapter(path: str) -> bool:
+    """Whether an adapter is at `path`: PEFT's, or Orbax's; a state of a run is refused.
+
+    Raises:
+      InputError: EXPORT-ORBAX, an Orbax checkpoint of something else.
+    """
+    from qlora_jax.checkpoints.manifest import NAME, read_manifest
+    from qlora_jax.checkpoints.peft import CONFIG
+
+    if Path(path, CONFIG).exists():
+        return True
+    if not Path(path, NAME).is_file():
+        return False
+    manifest = read_manifest(path)
+    if manifest["tree"].get("class") == "Adapter":
+        return True
+    found = "is an Orbax checkpoint of arrays without an adapter or a config.json"
+    model = manifest["metadata"].get("model")
+    hint = f"the model that it was made from, {model}" if model else ""
+    raise InputError("EXPORT-ORBAX", path, found, "a model or an adapter", hint)
+
+
+def check_kind(args: argparse.Namespace, is_adapter: bool) -> None:
+    """Refuses what is of models for an adapter, and the other way round.
+
+    Raises:
+      InputError: EXPORT-KIND.
+    """
+    if args.format in (OF_ADAPTERS if is_adapter else OF_MODELS):
+        return
+    if is_adapter:
+        found = f"is an adapter; {args.format} is written of a model, so of it and its base merged"
+        hint = f"qlora-jax merge {args.path} OUT --model BASE"
+        if args.format == "gguf":
+            hint += ", or --format gguf-lora for the adapter alone"
+        raise InputError("EXPORT-KIND", args.path, found, "a model", hint)
+    there = Path(args.path).exists()
+    found = "is no adapter" if there else "missing adapter: no such folder"
+    expected = "a folder with adapter_config.json"
+    hint = "--format gguf" if there and args.format == "gguf-lora" else ""
+    raise InputError("EXPORT-KIND", args.path, found, expected, hint)
+
+
+def check_options(args: argparse.Namespace, is_adapter: bool) -> None:
+    """Refuses an option without effect, and two that contradict each other.
+
+    Raises:
+      InputError: EXPORT-OPTION, EXPORT-TYPE.
+    """
+    used = {
+        "--model": is_adapter,
+        "--dtype": not is_adapter or args.format in GGUF,
+        "--type": args.format in GGUF,
+        "--shard-size": args.format in ("hf", "bnb-4bit"),
+    }
+    for option, has_use in used.items():
+        value = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if value is not None and not has_use:
+            what = "an adapter" if is_adapter else "a model"
+            found = f"{value!r} has no use with --format {args.format} of {what}"
+            raise InputError("EXPORT-OPTION", option, found, hint=f"leave {option} out")
+    if args.type and args.dtype and TYPES[args.dtype] != args.type:
+        found = f"{args.type}, but --dtype {args.dtype} means {TYPES[args.dtype]}"
+        raise InputError("EXPORT-TYPE", "--type", found, "one of the two")
+
+
+def refuse_name(args: argparse.Namespace) -> None:
+    """A GGUF file is known by its name."""
+    if args.format in GGUF and not args.out.endswith(".gguf"):
+        hint = f"{args.out.rstrip('/')}.gguf"
+        raise InputError("EXPORT-NAME", args.out, "is no name of a GGUF file", "NAME.gguf", hint)
+
+
+def export_hf(args: argparse.Namespace) -> list[str]:
     """A dense folder."""
     from qlora_jax.cli.progress import bar
     from qlora_jax.workflows.convert import dense_checkpoint
 
     with bar("writing") as progress:
-        has_tokenizer = dense_checkpoint(args.path, args.out, dtype=args.dtype, progress=progress)
-    return "" if has_tokenizer else "the source has no tokenizer, so the copy has none"
+        has_tokenizer = dense_checkpoint(
+            args.path, args.out, dtype=args.dtype, progress=progress, **sharding(args)
+        )
+    return without_tokenizer(has_tokenizer)
 
 
-def export_adapter(args: argparse.Namespace) -> str:
-    """An adapter as PEFT's folder or as Orbax's."""
+def export_4bit(args: argparse.Namespace) -> list[str]:
+    """A 4-bit folder in bitsandbytes' layout."""
+    from qlora_jax.cli.progress import bar
+    from qlora_jax.workflows.convert import bnb_checkpoint
+
+    with bar("writing") as progress:
+        has_tokenizer = bnb_checkpoint(
+            args.path, args.out, dtype=args.dtype, progress=progress, **sharding(args)
+        )
+    return without_tokenizer(has_tokenizer)
+
+
+def export_gguf(args: argparse.Namespace) -> list[str]:
+    """A model as one file."""
+    from qlora_jax.cli.progress import bar
+    from qlora_jax.workflows.export_gguf import export_gguf
+
+    with bar("writing") as progress:
+        return export_gguf(args.path, args.out, type=gguf_type(args), progress=progress)
+
+
+def export_gguf_lora(args: argparse.Namespace) -> list[str]:
+    """An adapter as one file."""
+    from qlora_jax.workflows.export_gguf import export_gguf_lora
+
+    return export_gguf_lora(args.path, args.out, needed_model(args), type=gguf_type(args))
+
+
+def export_peft(args: argparse.Namespace) -> list[str]:
+    """An adapter as PEFT's folder."""
     from qlora_jax.checkpoints import peft
-    from qlora_jax.checkpoints.orbax_io import save_orbax
     from qlora_jax.workflows.companions import companions, has_tokenizer
 
-    adapter = read_adapter(args)
-    if args.format == "orbax":
-        save_orbax(args.out, adapter)
-        return "an Orbax checkpoint holds arrays alone: no tokenizer"
     files = companions(args.path)
     peft.save_adapter(
         args.out,
-        adapter,
+        read_adapter(args),
         base_model_name=args.model,
         extra=peft.read_extra(args.path),
         extra_files={name: path.read_bytes() for name, path in files.items()},
     )
-    return "" if has_tokenizer(files) else "the source has no tokenizer, so the copy has none"
+    return without_tokenizer(has_tokenizer(files))
 
 
-def read_adapter(args: argparse.Namespace) -> Any:
-    """The adapter at PATH; one of Orbax knows its own shapes, one of PEFT needs the base's."""
-    from qlora_jax.adapters.adapter import Adapter
-    from qlora_jax.checkpoints import peft
-    from qlora_jax.checkpoints.orbax_io import load_orbax
-    from qlora_jax.models import ModelConfig
-    from qlora_jax.models.families import linear_shapes
-    from qlora_jax.workflows.open import open_source
+def export_adapter_arrays(args: argparse.Namespace) -> list[str]:
+    """An adapter as Orbax's folder."""
+    from qlora_jax.checkpoints.orbax_io import save_orbax
 
-    if not (Path(args.path) / peft.CONFIG).exists():
-        adapter = load_orbax(args.path)
-        if not isinstance(adapter, Adapter):
-            found = "is an Orbax checkpoint of something else"
-            raise InputError("EXPORT-ORBAX", args.path, found, "one of an adapter")
-        return adapter
-    if args.model is None:
-        raise InputError("EXPORT-MODEL", "--model", "missing", "the adapter's base", "--model PATH")
-    with open_source(args.model) as source:
-        shape = ModelConfig.from_dict(source.config, args.model)
-    return peft.read_adapter(args.path, linear_shapes(shape), shape.num_hidden_layers)
+    save_orbax(args.out, read_adapter(args))
+    return ["an Orbax checkpoint holds arrays alone: no tokenizer"]
 
 
-def export_parameters(args: argparse.Namespace) -> str:
+def export_weights(args: argparse.Namespace) -> list[str]:
     """A model's weights as Orbax's folder."""
     from qlora_jax.checkpoints.orbax_io import save_orbax
     from qlora_jax.cli.progress import bar
@@ -129,4 +222,41 @@ def export_parameters(args: argparse.Namespace) -> str:
     with bar("reading") as progress:
         weights = parameters(args.path, args.dtype, progress)
     save_orbax(args.out, weights, metadata={"model": str(args.path)})
-    return "an Orbax checkpoint holds arrays alone: no config.json, no tokenizer"
+    return ["an Orbax checkpoint holds arrays alone: no config.json, no tokenizer"]
+
+
+def read_adapter(args: argparse.Namespace) -> Any:
+    """The adapter at PATH; one of Orbax knows its own shapes, one of PEFT needs the base's."""
+    from qlora_jax.checkpoints import peft
+    from qlora_jax.checkpoints.orbax_io import load_orbax
+    from qlora_jax.models import ModelConfig
+    from qlora_jax.models.families import module_shapes
+    from qlora_jax.workflows.open import open_source
+
+    if not Path(args.path, peft.CONFIG).exists():
+        return load_orbax(args.path)
+    with open_source(needed_model(args)) as source:
+        shape = ModelConfig.from_dict(source.config, args.model)
+    return peft.read_adapter(args.path, module_shapes(shape), shape.num_hidden_layers)
+
+
+def needed_model(args: argparse.Namespace) -> str:
+    """The base that --model names.
+
+    Raises:
+      InputError: EXPORT-MODEL, none is named.
+    """
+    if args.model is None:
+        expected, hint = "the adapter's base", "--model BASE"
+        raise InputError("EXPORT-MODEL", "--model", "missing", expected, hint)
+    return args.model
+
+
+def gguf_type(args: argparse.Namespace) -> str | None:
+    """What --type says, or --dtype as one of GGUF's types."""
+    return args.type or TYPES.get(args.dtype)
+
+
+def without_tokenizer(has_tokenizer: bool) -> list[str]:
+    """A note on a copy without one."""
+    return [] if has_tokenizer else ["the source has no tokenizer, so the copy has none"]

@@ -1,22 +1,30 @@
-"""What is in a model or an adapter: layers, shapes, bits per parameter, names for targets."""
+"""What is in a model or an adapter: layers, shapes, bits per parameter, names for targets.
+
+No weight is read. Names and shapes are checked as when the model is loaded.
+"""
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qlora_jax.errors import printable
+from qlora_jax.cli.options import size
+from qlora_jax.errors import listed, printable
 
 if TYPE_CHECKING:
-    from qlora_jax.workflows.describe import Description
+    from qlora_jax.workflows.description import Description
 
 HEAD = ("weight", "layers", "shape", "stored as", "bits", "size")
+WIDTH = 100
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the path and --json."""
-    parser.add_argument("path", help="a model's folder, a .gguf file, or an adapter's folder")
+    parser.add_argument(
+        "path", help="a model (folder, .gguf, Hub id), an adapter's folder, or one that Orbax wrote"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -36,13 +44,33 @@ def run(args: argparse.Namespace) -> None:
 def lines(found: "Description") -> Iterator[str]:
     """The report as text: facts, a table of weights, totals."""
     yield f"{found.path}: {found.kind}"
-    yield ", ".join(f"{key} {value}" for key, value in found.facts.items())
+    yield from pairs(found.facts)
+    yield f"weights in {listed(found.files)}"
+    if not found.kind.startswith("Orbax"):
+        yield f"tokenizer: {', '.join(found.tokenizer) or 'none'}"
+    if found.made:
+        yield "qlora_jax.json:"
+        yield from (f"  {key}: {in_words(value)}" for key, value in found.made.items())
     yield ""
     yield from table([HEAD, *rows(found)])
     yield ""
     bits = found.bits_per_parameter
     yield f"{found.parameters:,} parameters, {size(found.nbytes)}, {bits:.2f} bits each"
-    yield f"target_modules: {', '.join(found.targets)}"
+    if found.targets:
+        yield f"target_modules: {', '.join(found.targets)}"
+
+
+def pairs(facts: dict[str, Any]) -> Iterator[str]:
+    """`key value, key value, ...` in lines that a terminal holds."""
+    text = ", ".join(f"{key} {in_words(value)}" for key, value in facts.items())
+    yield from textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def in_words(value: Any) -> str:
+    """A fact as text: a list or an object without quotes and braces."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={in_words(inner)}" for key, inner in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def rows(found: "Description") -> Iterator[tuple[str, ...]]:
@@ -51,14 +79,6 @@ def rows(found: "Description") -> Iterator[tuple[str, ...]]:
         shape = " x ".join(map(str, weight.shape))
         bits = f"{8 * weight.nbytes / weight.parameters:.2f}"
         yield weight.name, str(weight.layers), shape, weight.stored, bits, size(weight.nbytes)
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the largest unit that leaves a 1 before the point; 1 GB is 1e9 bytes."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes / 1e3:.2f} kB"
 
 
 def table(cells: list[tuple[str, ...]]) -> Iterator[str]:

@@ -6,7 +6,14 @@ printed, and one above the tolerance is an error.
 
 import argparse
 
-from qlora_jax.cli.options import base_arguments, dtype_argument, how
+from qlora_jax.cli.options import (
+    base_arguments,
+    dtype_argument,
+    how,
+    shard_argument,
+    sharding,
+    written,
+)
 from qlora_jax.errors import InputError
 
 
@@ -15,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="an adapter's folder: a run's, a checkpoint's, or PEFT's")
     parser.add_argument("out", help="a new folder")
     parser.add_argument(
-        "--model", required=True, metavar="BASE", help="the base: a folder, or a .gguf file"
+        "--model", required=True, metavar="BASE", help="the base: a folder, a .gguf file, a Hub id"
     )
     parser.add_argument(
         "--base",
@@ -25,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "which changes answers",
     )
     dtype_argument(parser, "the merged weights")
+    shard_argument(parser)
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -36,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, and prints how far the result is from base + adapter."""
+    from qlora_jax.checkpoints.load import source_dtype
     from qlora_jax.cli.progress import bar
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.checked_merge import checked_merge
@@ -48,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("MERGE-TOLERANCE", "--tolerance", f"{args.tolerance}", "above 0")
     refuse_taken(args.out)
     with open_source(args.model) as source:
+        dtype = args.dtype or source_dtype(source)
         choice = choose(source, args.adapter, **how(args))
         with bar("loading the base") as progress:
             model = load_model(
@@ -63,11 +73,12 @@ def run(args: argparse.Namespace) -> None:
             config=source.config,
             base=args.base,
             source=source if args.base == "original" else None,
-            dtype=args.dtype,
+            dtype=dtype,
             tolerance=args.tolerance,
             extra_files=files,
+            **sharding(args),
         )
-    print(f"written    {args.out} in {args.dtype}")
+    print(written(args.out, dtype if args.dtype else f"{dtype}, as the base"))
     print(
         f"checked    logits differ from base + adapter by {check.largest:.3g} at most, "
         f"{check.mean:.2g} on average (allowed {check.tolerance:g})"

@@ -1,6 +1,8 @@
 """Options that several commands share, so that they are spelled and explained in one way."""
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -50,10 +52,48 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def dtype_argument(parser: argparse.ArgumentParser, what: str) -> None:
-    """--dtype of what is written."""
+    """--dtype of what is written; None is the source's own."""
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of {what} (default: the source's own)")
+
+
+def shard_argument(parser: argparse.ArgumentParser) -> None:
+    """--shard-size of a folder's weights."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help=f"of {what} (default bfloat16)"
+        "--shard-size", type=byte_size, metavar="N", help="of a file of weights (default 5GB)"
     )
+
+
+def sharding(args: argparse.Namespace) -> dict[str, int]:
+    """--shard-size as the keyword of what writes, which knows the default."""
+    return {} if args.shard_size is None else {"shard_bytes": args.shard_size}
+
+
+def written(out: str, form: str) -> str:
+    """The line that says what was written, and how large it is."""
+    path = Path(out)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"written    {out} ({form}): {size(sum(file.stat().st_size for file in files))}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the largest unit that leaves a 1 before the point; 1 GB is 1e9 bytes."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes / 1e3:.2f} kB"
+
+
+def byte_size(text: str) -> int:
+    """`2GB` as bytes, for argparse; units as in transformers: 1 GB is 1e9 bytes, 1 GiB 2^30."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?)b", text.lower(), re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} (expected a size such as 2GB or 500MB)")
+    number, unit = match.groups()
+    base = 1024 if unit.endswith("i") else 1000
+    count = int(float(number) * base ** (1 + "kmgt".index(unit[0])))
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} (expected more than 0 bytes)")
+    return count
 
 
 def positive(text: str) -> int:

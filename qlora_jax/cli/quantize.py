@@ -5,12 +5,12 @@ The folder also opens in transformers. Nothing is ever overwritten.
 
 import argparse
 
-from qlora_jax.cli.options import dtype_argument
+from qlora_jax.cli.options import dtype_argument, shard_argument, sharding, size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the paths and how to quantize."""
-    parser.add_argument("model", help="a dense Hugging Face folder, or a .gguf file")
+    parser.add_argument("model", help="a dense Hugging Face folder, a .gguf file, or a Hub id")
     parser.add_argument("out", help="a new folder")
     parser.add_argument(
         "--kind", choices=("nf4", "fp4", "int4"), default="nf4", help="the code (default nf4)"
@@ -21,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-double-quant", action="store_true", help="scales stay float32")
     parser.add_argument("--quantize-lm-head", action="store_true", help="an untied head too")
     dtype_argument(parser, "what stays dense: embeddings, norms")
+    shard_argument(parser)
     parser.add_argument(
         "--report",
         action="store_true",
@@ -30,7 +31,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantizes, and prints where the result is."""
-    from qlora_jax.cli.inspect import size
     from qlora_jax.cli.progress import bar
     from qlora_jax.quantization.policy import QuantizationConfig
     from qlora_jax.workflows.convert import quantize_checkpoint
@@ -41,7 +41,13 @@ def run(args: argparse.Namespace) -> None:
     )
     with bar("quantizing") as progress:
         report, has_tokenizer = quantize_checkpoint(
-            args.model, args.out, how, dtype=args.dtype, report=args.report, progress=progress
+            args.model,
+            args.out,
+            how,
+            dtype=args.dtype,
+            report=args.report,
+            progress=progress,
+            **sharding(args),
         )
     if report is not None:
         from rich.console import Console

@@ -112,7 +112,7 @@ def check_model(config: TrainConfig, found: Validation) -> None:
         shape = ModelConfig.from_dict(source.config, str(source.path))
         layers = shape.num_hidden_layers
         with found.part():
-            Loader(source, shape, quantization_of(config), config.dtype, None, None)
+            Loader(source, shape, quantization_of(config), config.dtype)
             count = total(weight_shapes(shape), layers)
             text = f"{shape.model_type}, {layers} layers, {millions(count)} parameters"
             found.ok("model", f"{config.model}: {text}")

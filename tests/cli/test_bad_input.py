@@ -144,7 +144,6 @@ CASES = {
         leave, f"{TRAIN} max_seq_length=100000", ("100,000", "at most 128")
     ),
     "block size": Case(leave, "quantize model out --block-size 63", ("63", "64")),
-    "a format that comes later": Case(leave, "export model out --format gguf", ("gguf", "hf")),
     "an unknown format": Case(leave, "export model out --format pft", ("unknown", "peft")),
     "sampling": Case(leave, "generate model --prompt a --top-p 2", ("top_p", "2")),
     "template": Case(leave, f"{TRAIN} chat_template=no.jinja", ("missing", "no.jinja")),
