@@ -1,6 +1,8 @@
 """A checked merge: the written model is opened again and must answer as base + adapter does."""
 
 import dataclasses
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.shards import Shards
+from qlora_jax.checkpoints.write_shards import SHARD_BYTES
 from qlora_jax.errors import StorageError
 from qlora_jax.models import Decoder
 from qlora_jax.workflows.open import Source, load_model
@@ -56,6 +59,7 @@ def checked_merge(
     tolerance: float | None = None,
     ids: np.ndarray | None = None,
     extra_files: dict[str, bytes | Path] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> MergeCheck:
     """Writes the merged model to the new folder `out` and compares its logits with base + adapter.
 
@@ -70,6 +74,7 @@ def checked_merge(
       tolerance: largest logit difference that passes; by default one for each dtype.
       ids: token ids (B, S) to compare on; by default random ones from a fixed seed.
       extra_files: tokenizer and other files to put beside the weights.
+      shard_bytes: more than this is split into shards with an index.
 
     Raises:
       InputError: `out` exists, or the adapter is not finite.
@@ -81,10 +86,12 @@ def checked_merge(
         ids = random.integers(0, model.config.vocab_size, (2, TOKENS)).astype(np.int32)
     pairs = merged_weights(model, adapter, base=base, source=source, dtype=dtype)
     shape = merged_config(model.config, adapter)
-    save_merged(shape, pairs, config, out, dtype=dtype, extra_files=extra_files)
+    save_merged(
+        shape, pairs, config, out, dtype=dtype, extra_files=extra_files, shard_bytes=shard_bytes
+    )
     check = compare(model, adapter, Path(out), ids, tolerance or TOLERANCES[dtype])
     if not check.passed:
-        failed = Path(out).rename(f"{out}.failed")
+        failed = Path(out).rename(free_name(f"{Path(out)}.failed"))
         raise StorageError(
             "MERGE-CHECK",
             out,
@@ -93,6 +100,12 @@ def checked_merge(
             f"--dtype float32, --base dequantized or a larger --tolerance; see {failed}",
         )
     return check
+
+
+def free_name(name: str) -> str:
+    """`name`, or `name-2` and so on when that is taken: nothing is ever overwritten."""
+    names = (name if count == 1 else f"{name}-{count}" for count in itertools.count(1))
+    return next(free for free in names if not os.path.lexists(free))
 
 
 def compare(

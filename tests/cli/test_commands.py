@@ -211,8 +211,12 @@ def test_merge(at_home, capsys, dtype):
 def test_a_merge_that_differs_too_much_is_not_the_result(at_home, capsys):
     out = at_home / "merged"
     arguments = ["--model", "model", "--base", "original", "--tolerance", "1e-6"]
-    assert main(["merge", "run", str(out), *arguments]) == 5
-    assert "logits differ by" in capsys.readouterr().err
+    for kept in ("merged.failed", "merged.failed-2"):
+        assert main(["merge", "run", f"{out}/", *arguments]) == 5
+        error = capsys.readouterr().err
+        assert "logits differ by" in error
+        assert error.endswith(f"see {at_home / kept}.\n")
+        assert {path.name for path in (at_home / kept).iterdir()} >= {"config.json"}
     assert not out.exists()
 
 
