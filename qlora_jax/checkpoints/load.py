@@ -204,6 +204,7 @@ class Loader:
         weights = self.each(self.own.values())
         for name in self.own:
             yield name, next(weights)  # not by zip, which keeps the last one
+        next(weights, None)  # the last one is done too
 
     def stacked(self, stacked: str) -> np.ndarray | QuantizedTensor:
         """One weight of all layers, in host memory."""
