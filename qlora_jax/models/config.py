@@ -13,6 +13,7 @@ from qlora_jax.models.families import FAMILIES, Family
 from qlora_jax.models.rope import Rope
 from qlora_jax.models.scores import Scores
 
+MAX_LAYERS = 10_000  # each costs memory before a weight is looked for
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # What every family reads.
@@ -126,19 +127,19 @@ class Reader:
     def __init__(self, config: Mapping[str, Any], where: str):
         self.config, self.where = config, where
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
         """A whole number above 0; null means the default."""
         value = self.config.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self.error(key, self.shown(key), "a whole number above 0")
+        if type(value) is not int or not 0 < value <= limit:
+            raise self.error(key, self.shown(key), f"a whole number from 1 to {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0; null means the default."""
         value = self.config.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value <= 1e30:
+        if type(value) not in (int, float) or not 1e-30 <= value <= 1e30:  # not 0 in float32
             raise self.error(key, self.shown(key), "a finite number above 0")
         return float(value)
 
@@ -180,7 +181,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if read.config.get("head_dim") is None and hidden % heads:
         raise read.error("num_attention_heads", f"{heads}", f"a divisor of {hidden}")
     head_dim = read.size("head_dim", default=hidden // heads)
-    layers = read.size("num_hidden_layers")
+    layers = read.size("num_hidden_layers", limit=MAX_LAYERS)
     longest = read.size("max_position_embeddings", default=2048)
     windows = read_windows(read, family, layers)
     rope, local_rope = rope_config.read_ropes(read, family, head_dim, longest)
