@@ -1,0 +1,96 @@
+"""A model or an adapter as a GGUF file for llama.cpp, its tokenizer too."""
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES, model_metadata
+from qlora_jax.checkpoints.gguf_tensors import rope_tensors, specs_of, stored, weight_table
+from qlora_jax.checkpoints.gguf_write import Value, save_gguf
+from qlora_jax.checkpoints.load import Loader, source_dtype
+from qlora_jax.data.gguf_vocabulary import gguf_vocabulary
+from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.errors import InputError, listed
+from qlora_jax.models import ModelConfig
+from qlora_jax.workflows.companions import companions, has_tokenizer
+from qlora_jax.workflows.convert import dense_weights, refuse_taken
+from qlora_jax.workflows.open import Source, open_source
+
+TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of a source's own dtype
+
+
+def export_gguf(
+    path: str | Path,
+    out: str | Path,
+    *,
+    type: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[str]:
+    """Writes a model as one GGUF file that llama.cpp opens; never overwrites.
+
+    Tensors are read, packed and written one at a time; the file is read again before it appears.
+
+    Args:
+      path: a Hugging Face folder, 4-bit or not, or a .gguf file, whose tokenizer is kept as it is.
+      out: a path where nothing is yet, ending with .gguf.
+      type: f32, f16, bf16, q8_0 or q4_0; by default the source's own dtype.
+      progress: called after each tensor with (bytes done, bytes in all, name).
+
+    Returns:
+      What is to be said about the file: what llama.cpp computes otherwise, what has another format.
+
+    Raises:
+      InputError: OUT-EXISTS, GG-SUFFIX, GG-TYPE, GG-RANGE, GGOUT-..., TOK-GGUF, and what is wrong
+        with the files of `path`.
+      StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
+    """
+    refuse_taken(out)
+    with open_source(path) as source:
+        where = str(source.path)
+        config = ModelConfig.from_dict(source.config, where)
+        kind = checked_type(type, source, FILE_TYPES)
+        metadata, notes = model_metadata(config, name_of(source), kind, where)
+        vocabulary, more = vocabulary_of(source, config)
+        table, extra = weight_table(config), rope_tensors(config)
+        shapes = {name: array.shape for name, array in extra.items()} | dict(table.values())
+        specs, others = specs_of(shapes, kind)
+        loader = Loader(source, config, None, "float32", progress=progress)
+        tensors = (
+            (table[name][0], stored(name, weight, config)) for name, weight in dense_weights(loader)
+        )
+        save_gguf(out, {**metadata, **vocabulary}, specs, chain(extra.items(), tensors))
+    return [*notes, *more, *others]
+
+
+def checked_type(asked: str | None, source: Source, choices: dict[str, int]) -> str:
+    """The type that was asked for, or the source's own."""
+    kind = TYPES[source_dtype(source)] if asked is None else asked
+    if kind not in choices:
+        raise InputError("GG-TYPE", "--type", f"unknown type {asked!r}", listed(choices))
+    return kind
+
+
+def name_of(source: Source) -> str:
+    """What a GGUF file calls its model: its source's name, or the folder's."""
+    name = source.metadata.get("general.name") if isinstance(source, GGUF) else None
+    return name if isinstance(name, str) else source.path.absolute().name
+
+
+def vocabulary_of(source: Source, config: ModelConfig) -> tuple[dict[str, Value], list[str]]:
+    """The metadata keys of the source's tokenizer, and what is to be said about them."""
+    if isinstance(source, GGUF):
+        keys = {key: source.encoded(key) for key in source.metadata if key.startswith("tokenizer.")}
+        if "tokenizer.ggml.model" in keys:
+            return keys, []
+    elif has_tokenizer(companions(source.path)):
+        tokenizer = load_tokenizer(source.path, vocab_size=config.vocab_size)
+        return gguf_vocabulary(tokenizer, config.vocab_size, str(source.path))
+    ids = {
+        "bos": config.bos_token_id,
+        "eos": next(iter(config.eos_token_ids), None),
+        "padding": config.pad_token_id,
+    }
+    keys = {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
+    note = "the source has no tokenizer, so the file has none: llama.cpp takes token ids alone"
+    return {"tokenizer.ggml.model": "none", **keys}, [note]
