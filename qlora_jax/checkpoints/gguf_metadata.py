@@ -119,11 +119,7 @@ def rope_keys(config: ModelConfig, architecture: str) -> dict[str, Value]:
     if rope.rule in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.rule, "rope.scaling.factor": rope.factor}
     if rope.rule == "yarn":
-        keys |= {
-            "rope.scaling.original_context_length": rope.original,
-            "rope.scaling.yarn_beta_fast": rope.beta_fast,
-            "rope.scaling.yarn_beta_slow": rope.beta_slow,
-        }
+        keys["rope.scaling.original_context_length"] = rope.original
     if architecture == "phi3":
         original = rope.original or config.max_position_embeddings
         keys["rope.scaling.original_context_length"] = original
@@ -173,12 +169,15 @@ def refuse_rope(config: ModelConfig, architecture: str, where: str) -> None:
     if rope.partial != 1 and architecture != "phi3":
         found = f"{rope.partial} of each head rotate"
         raise InputError("GGOUT-ROPE", where, found, f"all, as llama.cpp's {architecture} has it")
-    usual = 0.1 * math.log(max(rope.factor, 1)) + 1
-    if rope.rule == "yarn" and not (
-        rope.truncate and math.isclose(rope.attention_factor, usual, rel_tol=1e-6)
-    ):
-        found = f"yarn with attention_factor {rope.attention_factor}, truncate {rope.truncate}"
-        raise InputError("GGOUT-ROPE", where, found, f"{usual:.6g} and True, as in llama.cpp")
+    if rope.rule == "yarn":  # keys for these exist, but these architectures do not read them
+        usual = 0.1 * math.log(max(rope.factor, 1)) + 1
+        others = (rope.beta_fast, rope.beta_slow, rope.truncate)
+        if others != (32, 1, True) or not math.isclose(rope.attention_factor, usual, rel_tol=1e-6):
+            found = (
+                f"yarn with attention_factor {rope.attention_factor:.6g}; beta_fast, beta_slow, "
+                f"truncate {others}"
+            )
+            raise InputError("GGOUT-ROPE", where, found, f"{usual:.6g}; (32, 1, True), as there")
 
 
 def refuse_windows(config: ModelConfig, architecture: str, where: str) -> None:

@@ -197,8 +197,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
                 "rope.scaling.type": "yarn",
                 "rope.scaling.factor": 4.0,
                 "rope.scaling.original_context_length": 32,
-                "rope.scaling.yarn_beta_fast": 32.0,
-                "rope.scaling.yarn_beta_slow": 1.0,
             },
         ),
         ({"rope_type": "dynamic", "factor": 4.0}, {}),
@@ -226,6 +224,7 @@ REFUSED = [
     ("GGOUT-ROPE", "llama", rope(partial_rotary_factor=0.5)),
     ("GGOUT-ROPE", "llama", rope(**YARN, attention_factor=1.5)),
     ("GGOUT-ROPE", "llama", rope(**YARN, truncate=False)),
+    ("GGOUT-ROPE", "llama", rope(**YARN, beta_fast=16.0)),
     ("GGOUT-ROPE", "llama", rope(rope_type="longrope", short_factor=[1.0] * 8,
         long_factor=[2.0] * 8, original_max_position_embeddings=32)),
     ("GGOUT-ROPE", "gemma3", {"rope_parameters": {
