@@ -17,16 +17,14 @@ from qlora_jax.checkpoints.files import open_regular
 from qlora_jax.checkpoints.gguf_blocks import Block
 from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config
 from qlora_jax.checkpoints.gguf_header import Tensor, read_header
-from qlora_jax.checkpoints.gguf_names import (
-    ARCHITECTURES,
-    ROPE_FREQUENCIES,
-    hugging_face_names,
-    split_halves,
-    weight_shapes,
-)
+from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, hugging_face_names, split_halves
+from qlora_jax.checkpoints.names import LAYERS, layer_names, split
 from qlora_jax.errors import InputError, listed
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families import weight_shapes
 
 PIECE = 4 << 20  # bytes of packed weights in memory at once
+MAX_FACTORS = 1 << 16  # rotary factors, one for each pair of a head's channels
 
 
 class GGUF:
@@ -51,28 +49,28 @@ class GGUF:
             self.tensors, self.metadata = header.tensors, header.metadata
             self.spans = header.spans
             architecture = Keys(self.metadata, self.where).architecture
-            self.gguf_names = hugging_face_names(list(self.tensors), architecture, self.where)
-            self.interleaved = ARCHITECTURES[architecture].interleaved
+            self.row = ARCHITECTURES[architecture]
+            self.gguf_names = hugging_face_names(self.tensors, architecture, self.where)
             self.config = self.checked_config()
         except BaseException:
             self.close()
             raise
 
     def checked_config(self) -> dict[str, Any]:
-        tied = "lm_head.weight" not in self.gguf_names
-        factors = self.tensors.get(ROPE_FREQUENCIES)
-        if factors is not None:
-            factors = self.unpacked(ROPE_FREQUENCIES, factors).astype(np.float32)
-        config = hugging_face_config(self.metadata, tied, factors, self.where)
-        if config["num_hidden_layers"] > len(self.tensors):  # before one name a layer is made
-            found = f"claims {config['num_hidden_layers']} layers, has {len(self.tensors)} tensors"
+        """config.json's content; every weight that it asks for is there, and no other."""
+        factors = {name: self.rope_factors(name) for name in self.row.rope if name in self.tensors}
+        layers = Keys(self.metadata, self.where).size(".block_count")
+        if layers > len(self.tensors):  # before one name a layer is made
+            found = f"claims {layers} layers, has {len(self.tensors)} tensors"
             raise InputError("GG-MISSING", self.where, found)
-        shapes = weight_shapes(config)
+        config = hugging_face_config(self.metadata, self.gguf_names.keys(), factors, self.where)
+        stacked = weight_shapes(ModelConfig.from_dict(config, self.where))
+        shapes = {name: shape for s, shape in stacked.items() for name in layer_names(s, layers)}
         if missing := shapes.keys() - self.gguf_names.keys():
             found = f"missing weights: {listed(sorted(missing))}"
             raise InputError("GG-MISSING", self.where, found)
         if extra := self.gguf_names.keys() - shapes.keys():
-            found = f"{listed(sorted(extra))} beyond the {config['num_hidden_layers']} layers"
+            found = f"{listed(sorted(extra))} beyond a {config['model_type']} of {layers} layers"
             raise InputError("GG-UNKNOWN", self.where, found)
         for name, shape in shapes.items():
             if self.shape(name) != shape:
@@ -85,6 +83,14 @@ class GGUF:
         start, end = self.spans[key]
         return os.pread(self.file, end - start, start)
 
+    def rope_factors(self, name: str) -> np.ndarray:
+        """A small tensor that is no weight."""
+        shape = self.tensors[name].shape
+        if len(shape) != 1 or shape[0] > MAX_FACTORS:
+            expected = f"(pairs of channels,), at most {MAX_FACTORS}"
+            raise InputError("GG-ROPE", f"{self.where}: {name}", f"has the shape {shape}", expected)
+        return self.unpacked(name, self.tensors[name]).astype(np.float32)
+
     def names(self) -> list[str]:
         """All weights, in the file's order."""
         return list(self.gguf_names)
@@ -95,17 +101,24 @@ class GGUF:
 
     def dtype(self, name: str) -> str:
         """Of what `read` returns: float16 and bfloat16 as stored, all else float32."""
-        return self.tensors[self.gguf_names[name]].block.dtype.name
+        dtype = self.tensors[self.gguf_names[name]].block.dtype
+        return "float32" if self.is_shifted(name) else dtype.name
+
+    def is_shifted(self, name: str) -> bool:
+        """Whether the file holds a norm's weight plus the 1 that Hugging Face adds later."""
+        return self.row.norm_offset != 0 and name.endswith("norm.weight")
 
     def read(self, name: str) -> np.ndarray:
-        """The weight `name`, in Hugging Face's row order.
+        """The weight `name`, in Hugging Face's row order and without llama.cpp's 1 in norms.
 
         Raises:
           InputError: GG-NAN for a NaN or Inf, GG-CHANGED when the file changed since it was opened.
         """
         weight = self.unpacked(self.gguf_names[name], self.tensors[self.gguf_names[name]])
-        part = name.removesuffix(".weight").split(".", 3)[-1]
-        if part in self.interleaved:
+        if self.is_shifted(name):
+            return weight.astype(np.float32) - np.float32(self.row.norm_offset)
+        part = split(name)[0].removeprefix(LAYERS).rpartition(".")[0]
+        if part in self.row.interleaved:
             heads = "num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"
             weight = split_halves(weight, self.config[heads])
         return weight

@@ -1,4 +1,4 @@
-"""GGUF's names for a model's weights and Hugging Face's, with the row orders of both.
+"""GGUF's names for a model's weights and Hugging Face's, and the row orders of both.
 
 A row of ARCHITECTURES is a model family as llama.cpp names it; a tensor that the row does not list
 is refused, not skipped.
@@ -6,7 +6,6 @@ is refused, not skipped.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -121,32 +120,6 @@ def hugging_face_names(tensors: Iterable[str], architecture: str, where: str) ->
             raise InputError("GG-UNKNOWN", where, found)
         names[f"{target}.{suffix}"] = name
     return names
-
-
-def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every weight that a file of this config must hold: Hugging Face name -> (out, in)."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key_value = config["num_key_value_heads"] * config["head_dim"]
-    layer = {
-        "input_layernorm": (width,),
-        "self_attn.q_proj": (query, width),
-        "self_attn.k_proj": (key_value, width),
-        "self_attn.v_proj": (key_value, width),
-        "self_attn.o_proj": (width, query),
-        "post_attention_layernorm": (width,),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
-    for index in range(config["num_hidden_layers"]):
-        for part, shape in layer.items():
-            shapes[f"model.layers.{index}.{part}.weight"] = shape
-    shapes["model.norm.weight"] = (width,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], width)
-    return shapes
 
 
 def split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
