@@ -98,13 +98,10 @@ class Machine:
             code = self.take(1)[0]
             if code == STOP:
                 return self.result()
-            act = ACTS.get(code)
-            if act is None:
+            if code not in ACTS:
                 found = f"the instruction 0x{code:02x} at byte {self.position - 1}"
                 raise self.bad("PK-OPCODE", found, "those of a state dict", SAVE_AGAIN)
-            act(self)
-            if len(self.stack) > STACK_LIMIT:
-                raise self.bad("PK-STACK", "the stack grows", f"at most {STACK_LIMIT} values")
+            ACTS[code](self)
         raise self.bad("PK-STEPS", "too many instructions", f"at most {STEPS_LIMIT}")
 
     def result(self) -> Any:
@@ -128,8 +125,11 @@ class Machine:
         self.position += count
         return piece
 
-    def number(self, format: str) -> int | float:
-        return struct.unpack(format, self.take(struct.calcsize(format)))[0]
+    def unsigned(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def signed(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little", signed=True)
 
     def text(self, raw: bytes) -> str:
         try:
@@ -145,13 +145,20 @@ class Machine:
 
     # Stack and memo
 
-    def pop(self) -> Any:
+    def top(self) -> Any:
         if not self.stack or self.stack[-1] is MARK:
             raise self.bad("PK-STACK", f"the stack is empty at byte {self.position}")
-        return self.stack.pop()
+        return self.stack[-1]
+
+    def pop(self) -> Any:
+        value = self.top()
+        self.stack.pop()
+        return value
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+        if len(self.stack) > STACK_LIMIT:
+            raise self.bad("PK-STACK", "the stack grows", f"at most {STACK_LIMIT} values")
 
     def pop_to_mark(self) -> list[Any]:
         items = []
@@ -175,8 +182,7 @@ class Machine:
             raise self.bad("PK-PROTOCOL", f"protocol {found}", f"{PROTOCOL}, once", hint)
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.pop()
-        self.push(self.memo[index])
+        self.memo[index] = self.top()
         if len(self.memo) > MEMO_LIMIT:
             raise self.bad("PK-MEMO", "too many remembered values", f"at most {MEMO_LIMIT}")
 
@@ -188,10 +194,10 @@ class Machine:
     # Values
 
     def long_number(self) -> None:
-        raw = self.take(self.take(1)[0])
-        if len(raw) > 9:
-            raise self.bad("PK-NUMBER", f"a number of {len(raw)} bytes", "64 bits")
-        self.push(int.from_bytes(raw, "little", signed=True))
+        size = self.unsigned(1)
+        if size > 9:
+            raise self.bad("PK-NUMBER", f"a number of {size} bytes", "64 bits")
+        self.push(self.signed(size))
 
     def tuple_of(self, items: list[Any]) -> None:
         if any(type(item) is Nested for item in items):
@@ -316,16 +322,16 @@ ACTS: dict[int, Callable[[Machine], None]] = {
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
-    ord("J"): lambda m: m.push(m.number("<i")),
-    ord("K"): lambda m: m.push(m.number("<B")),
-    ord("M"): lambda m: m.push(m.number("<H")),
+    ord("J"): lambda m: m.push(m.signed(4)),
+    ord("K"): lambda m: m.push(m.unsigned(1)),
+    ord("M"): lambda m: m.push(m.unsigned(2)),
     0x8A: Machine.long_number,
-    ord("G"): lambda m: m.push(m.number(">d")),
-    ord("X"): lambda m: m.push(m.text(m.take(m.number("<I")))),
-    ord("h"): lambda m: m.get(m.number("<B")),
-    ord("j"): lambda m: m.get(m.number("<I")),
-    ord("q"): lambda m: m.put(m.number("<B")),
-    ord("r"): lambda m: m.put(m.number("<I")),
+    ord("G"): lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+    ord("X"): lambda m: m.push(m.text(m.take(m.unsigned(4)))),
+    ord("h"): lambda m: m.get(m.unsigned(1)),
+    ord("j"): lambda m: m.get(m.unsigned(4)),
+    ord("q"): lambda m: m.put(m.unsigned(1)),
+    ord("r"): lambda m: m.put(m.unsigned(4)),
     ord("a"): lambda m: m.append(m.last(1)),
     ord("e"): lambda m: m.append(m.pop_to_mark()),
     ord("s"): lambda m: m.set_items(m.last(2)),
