@@ -23,7 +23,7 @@ OF_MODELS = ("hf", "bnb-4bit", "gguf", "orbax")
 OF_ADAPTERS = ("peft", "gguf-lora", "orbax")
 FORMATS = ("hf", "bnb-4bit", "peft", "gguf", "gguf-lora", "orbax")
 GGUF = ("gguf", "gguf-lora")
-TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # --dtype as --type
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     dtype_argument(parser, "what is written dense")
     parser.add_argument(
         "--type",
-        choices=(*TYPES.values(), "q8_0", "q4_0"),
+        choices=TYPES,
         help="of a GGUF file's matrices (default: as --dtype)",
     )
     shard_argument(parser)
@@ -49,7 +49,6 @@ def run(args: argparse.Namespace) -> None:
     is_adapter = holds_adapter(args.path)
     check_kind(args, is_adapter)
     check_options(args, is_adapter)
-    refuse_name(args)
     from qlora_jax.workflows.convert import refuse_taken
 
     refuse_taken(args.out)
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 def check_format(name: str) -> None:
     """Refuses an unknown format, and names the nearest."""
     if name not in FORMATS:
-        close = nearest(name, FORMATS)
+        close = nearest(name.lower(), FORMATS)
         hint = f"--format {close[0]}" if close else ""
         expected = f"one of {', '.join(FORMATS)}"
         raise InputError("EXPORT-FORMAT", "--format", f"unknown format {name!r}", expected, hint)
@@ -137,16 +136,9 @@ def check_options(args: argparse.Namespace, is_adapter: bool) -> None:
             what = "an adapter" if is_adapter else "a model"
             found = f"{value!r} has no use with --format {args.format} of {what}"
             raise InputError("EXPORT-OPTION", option, found, hint=f"leave {option} out")
-    if args.type and args.dtype and TYPES[args.dtype] != args.type:
-        found = f"{args.type}, but --dtype {args.dtype} means {TYPES[args.dtype]}"
+    if args.type and args.dtype and gguf_type(args.dtype) != args.type:
+        found = f"{args.type}, but --dtype {args.dtype} means {gguf_type(args.dtype)}"
         raise InputError("EXPORT-TYPE", "--type", found, "one of the two")
-
-
-def refuse_name(args: argparse.Namespace) -> None:
-    """A GGUF file is known by its name."""
-    if args.format in GGUF and not args.out.endswith(".gguf"):
-        hint = f"{args.out.rstrip('/')}.gguf"
-        raise InputError("EXPORT-NAME", args.out, "is no name of a GGUF file", "NAME.gguf", hint)
 
 
 def export_hf(args: argparse.Namespace) -> list[str]:
@@ -179,14 +171,18 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
     from qlora_jax.workflows.export_gguf import export_gguf
 
     with bar("writing") as progress:
-        return export_gguf(args.path, args.out, type=gguf_type(args), progress=progress)
+        return export_gguf(
+            args.path, args.out, type=args.type or gguf_type(args.dtype), progress=progress
+        )
 
 
 def export_gguf_lora(args: argparse.Namespace) -> list[str]:
     """An adapter as one file."""
     from qlora_jax.workflows.export_gguf import export_gguf_lora
 
-    return export_gguf_lora(args.path, args.out, needed_model(args), type=gguf_type(args))
+    return export_gguf_lora(
+        args.path, args.out, needed_model(args), type=args.type or gguf_type(args.dtype)
+    )
 
 
 def export_peft(args: argparse.Namespace) -> list[str]:
@@ -252,9 +248,11 @@ def needed_model(args: argparse.Namespace) -> str:
     return args.model
 
 
-def gguf_type(args: argparse.Namespace) -> str | None:
-    """What --type says, or --dtype as one of GGUF's types."""
-    return args.type or TYPES.get(args.dtype)
+def gguf_type(dtype: str | None) -> str | None:
+    """--dtype as one of GGUF's types."""
+    from qlora_jax.workflows.export_gguf import TYPES
+
+    return TYPES.get(dtype)
 
 
 def without_tokenizer(has_tokenizer: bool) -> list[str]:

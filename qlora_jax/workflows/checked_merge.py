@@ -17,6 +17,7 @@ from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES
 from qlora_jax.errors import StorageError
 from qlora_jax.models import Decoder
+from qlora_jax.workflows.merge import refuse_packed
 from qlora_jax.workflows.open import Source, load_model
 
 # Largest logit difference that passes, by the dtype of the merged weights. In float32 only the
@@ -77,10 +78,11 @@ def checked_merge(
       shard_bytes: more than this is split into shards with an index.
 
     Raises:
-      InputError: `out` exists, or the adapter is not finite.
+      InputError: `out` exists, the adapter is not finite, or MERGE-ORIGINAL.
       StorageError: MERGE-CHECK when the difference is above the tolerance; the folder is then kept
         under its name with `.failed` behind it, so that nobody takes it for the result.
     """
+    refuse_packed(source)
     if ids is None:
         random = np.random.default_rng(0)
         ids = random.integers(0, model.config.vocab_size, (2, TOKENS)).astype(np.int32)

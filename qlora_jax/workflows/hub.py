@@ -16,17 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax.checkpoints.shards import INDEX, SINGLE, TORCH_INDEX, TORCH_SHARD, TORCH_SINGLE
 from qlora_jax.errors import InputError, listed
 from qlora_jax.workflows.companions import OTHERS, TOKENIZER
 
 ID = re.compile(r"(?!.*\.\.)(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 NO_NAMES = (".gguf", ".safetensors", ".bin", ".json", ".yaml")  # endings of a file's name
-WEIGHTS = tuple(
-    (name, f"{name}.index.json", re.compile(rf"{stem}-\d+-of-\d+\.{ending}", re.ASCII))
-    for name, stem, ending in (
-        ("model.safetensors", "model", "safetensors"),
-        ("pytorch_model.bin", "pytorch_model", "bin"),
-    )
+WEIGHTS = (  # one file, or an index and shards whose names have two numbers
+    (SINGLE, INDEX, re.compile(r"model-\d+-of-\d+\.safetensors")),
+    (TORCH_SINGLE, TORCH_INDEX, TORCH_SHARD),
 )
 ANSWERS = {
     "GatedRepoError": (

@@ -6,7 +6,9 @@ import numpy as np
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.checkpoints.aligned import aligned_empty
+from qlora_jax.checkpoints.bnb4bit import is_4bit
 from qlora_jax.checkpoints.names import LAYERS, split
+from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder
 from qlora_jax.models.families import weight_shapes
 from qlora_jax.workflows.open import Source
@@ -50,3 +52,15 @@ def merge(
     # Popped, so that host and device never hold the whole model twice.
     weights = {name: jnp.asarray(stacked.pop(name)) for name in list(stacked)}
     return Decoder.from_weights(config, weights, dtype)
+
+
+def refuse_packed(source: Source | None) -> None:
+    """A 4-bit checkpoint has no original weights.
+
+    Raises:
+      InputError: MERGE-ORIGINAL.
+    """
+    if source is not None and is_4bit(source.config, str(source.path)):
+        found, expected = "is 4-bit, and the original weights are not in it", "the dense model"
+        hint = "--base dequantized, or --model with the dense model"
+        raise InputError("MERGE-ORIGINAL", source.path, found, expected, hint)

@@ -32,7 +32,11 @@ def open_source(path: str | Path) -> Source:
         return GGUF(path)
     if path.exists():
         raise InputError(
-            "MODEL-FORMAT", path, "is a file", "a Hugging Face folder or a .gguf file", path.parent
+            "MODEL-FORMAT",
+            path,
+            "is a file",
+            "a Hugging Face folder or a .gguf file",
+            f"the folder that it lies in: {path.absolute().parent}",
         )
     raise InputError(
         "MODEL-MISSING",
@@ -67,7 +71,7 @@ def load(
       double_quant: quantize the block scales too (with a name in `quantization`).
       block_size: weights that share a scale (with a name in `quantization`).
       dtype: of the activations and the dense weights: bfloat16, float32 or float16.
-      progress: called after each tensor with (done, total, name).
+      progress: called after each tensor with (bytes done, bytes in all, name).
       on_weight: called with each weight that is quantized: its name, dense, and QuantizedTensor;
         see quantization/report.py.
 
