@@ -136,8 +136,8 @@ def check_options(args: argparse.Namespace, is_adapter: bool) -> None:
             what = "an adapter" if is_adapter else "a model"
             found = f"{value!r} has no use with --format {args.format} of {what}"
             raise InputError("EXPORT-OPTION", option, found, hint=f"leave {option} out")
-    if args.type and args.dtype and gguf_type(args.dtype) != args.type:
-        found = f"{args.type}, but --dtype {args.dtype} means {gguf_type(args.dtype)}"
+    if args.type and args.dtype and meant(args.dtype) != args.type:
+        found = f"{args.type}, but --dtype {args.dtype} means {meant(args.dtype)}"
         raise InputError("EXPORT-TYPE", "--type", found, "one of the two")
 
 
@@ -171,18 +171,14 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
     from qlora_jax.workflows.export_gguf import export_gguf
 
     with bar("writing") as progress:
-        return export_gguf(
-            args.path, args.out, type=args.type or gguf_type(args.dtype), progress=progress
-        )
+        return export_gguf(args.path, args.out, type=gguf_type(args), progress=progress)
 
 
 def export_gguf_lora(args: argparse.Namespace) -> list[str]:
     """An adapter as one file."""
     from qlora_jax.workflows.export_gguf import export_gguf_lora
 
-    return export_gguf_lora(
-        args.path, args.out, needed_model(args), type=args.type or gguf_type(args.dtype)
-    )
+    return export_gguf_lora(args.path, args.out, needed_model(args), type=gguf_type(args))
 
 
 def export_peft(args: argparse.Namespace) -> list[str]:
@@ -248,8 +244,13 @@ def needed_model(args: argparse.Namespace) -> str:
     return args.model
 
 
-def gguf_type(dtype: str | None) -> str | None:
-    """--dtype as one of GGUF's types."""
+def gguf_type(args: argparse.Namespace) -> str | None:
+    """What --type says, or --dtype as one of GGUF's types."""
+    return args.type or meant(args.dtype)
+
+
+def meant(dtype: str | None) -> str | None:
+    """The type of GGUF that is this dtype."""
     from qlora_jax.workflows.export_gguf import TYPES
 
     return TYPES.get(dtype)
