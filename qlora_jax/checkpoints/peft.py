@@ -23,15 +23,17 @@ from qlora_jax.adapters.adapter import Adapter, Shapes, check_finite, param_shap
 from qlora_jax.adapters.init import Adaptable
 from qlora_jax.checkpoints import finite
 from qlora_jax.checkpoints.atomic import new_folder, write_file
-from qlora_jax.checkpoints.files import inside
+from qlora_jax.checkpoints.files import WeightFile, inside
 from qlora_jax.checkpoints.peft_config import config_from_spec, spec_from_config
 from qlora_jax.checkpoints.peft_tensors import check_entries, places
 from qlora_jax.checkpoints.shards import SafetensorsFile
 from qlora_jax.checkpoints.strict_json import read_json
+from qlora_jax.checkpoints.torch_file import TorchFile
 from qlora_jax.errors import InputError, StorageError, listed
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+OLD_TENSORS = "adapter_model.bin"  # of PEFT before 0.8; read when it is alone
 EXTRA = "qlora_jax.json"
 
 
@@ -39,13 +41,13 @@ def load_adapter(path: str | Path, model: Adaptable) -> Adapter:
     """The adapter in a PEFT folder, float32, for `model`.
 
     Args:
-      path: a folder with adapter_config.json and adapter_model.safetensors.
+      path: a folder with adapter_config.json and adapter_model.safetensors, or else .bin.
       model: what it is for; only the shapes of its modules are read.
 
     Raises:
-      InputError: PEFT-..., LORA-..., JSON-..., ST-..., W-FINITE: a file is missing or damaged, or
-        asks for what is not computed here; a tensor is missing, unknown, of another shape than
-        config and model say, or not finite.
+      InputError: PEFT-..., LORA-..., JSON-..., ST-..., PT-..., PK-..., W-FINITE: a file is missing
+        or damaged, or asks for what is not computed here; a tensor is missing, unknown, of another
+        shape than config and model say, or not finite.
     """
     return read_adapter(path, model.module_shapes(), model.config.num_hidden_layers)
 
@@ -55,8 +57,7 @@ def read_adapter(path: str | Path, shapes: Shapes, num_layers: int) -> Adapter:
     folder = Path(path)
     config = read_json(present(folder, CONFIG))
     spec = spec_from_config(config, shapes, num_layers, str(folder / CONFIG))
-    file = SafetensorsFile(present(folder, TENSORS), str(folder / TENSORS))
-    with contextlib.closing(file):
+    with contextlib.closing(open_tensors(folder)) as file:
         check_entries(file.entries, spec, shapes, file.where)
         params = {
             module: {kind: np.zeros(shape, np.float32) for kind, shape in arrays.items()}
@@ -147,7 +148,14 @@ def tensors_of(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
         yield name, np.ascontiguousarray(whole[place.index])
 
 
-def finite_tensor(file: SafetensorsFile, name: str) -> np.ndarray:
+def open_tensors(folder: Path) -> WeightFile:
+    """The opened file of an adapter's tensors, to be closed."""
+    if not os.path.lexists(folder / TENSORS) and os.path.lexists(folder / OLD_TENSORS):
+        return TorchFile(present(folder, OLD_TENSORS), str(folder / OLD_TENSORS))
+    return SafetensorsFile(present(folder, TENSORS), str(folder / TENSORS))
+
+
+def finite_tensor(file: WeightFile, name: str) -> np.ndarray:
     """One tensor of the file, refused when it holds NaN or infinity."""
     entry = file.entries[name]
     array = np.empty(entry.shape, entry.dtype)
@@ -164,9 +172,7 @@ def present(folder: Path, name: str) -> Path:
         raise InputError("PEFT-FOLDER", folder, found, "a PEFT adapter", hint)
     file = inside(folder, name)
     if not file.exists():
-        old = name == TENSORS and (folder / "adapter_model.bin").exists()
-        hint = "saving it again with a newer PEFT, as safetensors" if old else ""
-        raise InputError("PEFT-FOLDER", folder, f"missing {name}", "a PEFT adapter", hint)
+        raise InputError("PEFT-FOLDER", folder, f"missing {name}", "a PEFT adapter")
     return file
 
 

@@ -3,8 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from qlora_jax.checkpoints.peft import CONFIG, TENSORS, present, read_extra
-from qlora_jax.checkpoints.shards import SafetensorsFile
+from qlora_jax.checkpoints.peft import CONFIG, open_tensors, present, read_extra
 from qlora_jax.checkpoints.strict_json import read_json
 from qlora_jax.workflows.companions import TOKENIZER, companions
 from qlora_jax.workflows.describe_model import one_weight
@@ -24,8 +23,7 @@ def describe_adapter(folder: Path) -> Description:
       InputError: a file is missing or damaged.
     """
     config = read_json(present(folder, CONFIG))
-    path = present(folder, TENSORS)
-    with contextlib.closing(SafetensorsFile(path, str(folder / TENSORS))) as file:
+    with contextlib.closing(open_tensors(folder)) as file:
         entries = file.entries
     modules = {key.removeprefix(PREFIX): entry for key, entry in entries.items()}
     weights = grouped(one_weight(name, entry) for name, entry in modules.items())
@@ -36,7 +34,7 @@ def describe_adapter(folder: Path) -> Description:
         facts={key: config[key] for key in FACTS if config.get(key) not in (None, {}, [])},
         weights=weights,
         targets=list(dict.fromkeys(name.removeprefix("model.layers.") for name in adapted)),
-        files=[path.name],
+        files=[Path(file.where).name],
         tokenizer=[name for name in companions(folder) if name in TOKENIZER],
         made=read_extra(folder),
     )

@@ -15,6 +15,7 @@ from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.peft import load_adapter, read_extra, save_adapter
 from qlora_jax.errors import InputError, StorageError
 from tests.adapters.small_model import SmallModel
+from tests.checkpoints.torch_writer import torch_bytes
 
 MODEL = SmallModel()
 FILES = {"adapter_config.json", "adapter_model.safetensors", "qlora_jax.json"}
@@ -314,8 +315,22 @@ def test_a_folder_that_is_no_adapter(tmp_path):
     refused(tmp_path / "none", "missing adapter: there is no such folder")
     refused(tmp_path, "missing adapter_config.json")
     folder = saved(tmp_path, r=4)
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    refused(folder, "missing adapter_model.safetensors.*saving it again with a newer PEFT")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.pt")
+    refused(folder, "missing adapter_model.safetensors")
+
+
+def test_reads_tensors_that_pytorch_wrote(tmp_path):
+    """adapter_model.bin of PEFT before 0.8."""
+    folder = saved(tmp_path, r=4)
+    expected = load_adapter(folder, MODEL)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.bin").write_bytes(torch_bytes(tensors))
+    edit_tensors(folder, lambda tensors: tensors.update(extra=np.ones(1)))
+    refused(folder, "adapter_model.safetensors.*unknown tensors: extra")  # which wins
+    (folder / "adapter_model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, MODEL).params, expected.params)
+    (folder / "adapter_model.bin").write_bytes(torch_bytes(tensors)[:-1])
+    refused(folder, "PT-TRUNCATED.*adapter_model.bin")
 
 
 @pytest.mark.parametrize(
