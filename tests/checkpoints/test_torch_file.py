@@ -2,19 +2,25 @@
 
 import json
 import os
+import shutil
 import struct
 import tracemalloc
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+from qlora_jax.checkpoints.load import load_weights
 from qlora_jax.checkpoints.shards import TORCH_INDEX, TORCH_SINGLE, Shards
 from qlora_jax.checkpoints.torch_file import TorchFile
 from qlora_jax.errors import InputError
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.quantization.policy import QuantizationConfig
 from tests.checkpoints.safetensors_files import index, model_files, one_tensor
 from tests.checkpoints.torch_writer import (
     KINDS,
@@ -25,6 +31,7 @@ from tests.checkpoints.torch_writer import (
     torch_bytes,
     zip_of,
 )
+from tests.golden_data import golden_folder
 
 REAL = Path(__file__).parent / "torch_files"
 SIX = np.arange(6).reshape(2, 3)
@@ -148,6 +155,33 @@ def test_reads_a_folder(tmp_path):
         out = np.empty(24, np.uint8)
         shards.read_into("b", out)
         assert out.tobytes() == SIX.T.astype("f4").tobytes()
+
+
+@pytest.mark.parametrize("quantization", [None, QuantizationConfig()])
+def test_a_tied_model_may_carry_its_head(tmp_path, quantization):
+    """As transformers wrote them: lm_head is the storage of the embeddings a second time."""
+    golden = golden_folder("models/llama_tied")
+    state = load_file(golden / "model.safetensors")
+    embeddings = state.pop("model.embed_tokens.weight")
+    held = storage("Float", "0", embeddings.size)
+    tied = tensor(held, 0, embeddings.shape, [embeddings.shape[1], 1])
+    items, storages = {"lm_head.weight": tied, "model.embed_tokens.weight": tied}, {}
+    storages["0"] = embeddings.tobytes()
+    for i, (name, array) in enumerate(state.items(), 1):
+        strides = [step // 4 for step in array.strides]
+        items[name] = tensor(storage("Float", str(i), array.size), 0, array.shape, strides)
+        storages[str(i)] = array.tobytes()
+    (tmp_path / TORCH_SINGLE).write_bytes(zip_of(members_of(pickle_of(items), storages)))
+    shutil.copy(golden / "config.json", tmp_path)
+    found, expected = (weights_of(folder, quantization) for folder in (tmp_path, golden))
+    assert found.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def weights_of(folder: Path, quantization: QuantizationConfig | None) -> dict:
+    with Shards(folder) as shards:
+        config = ModelConfig.from_dict(shards.config, "config.json")
+        return load_weights(shards, config, quantization, dtype="float32")
 
 
 FIRST, SECOND = "pytorch_model-00001-of-00002", "pytorch_model-00002-of-00002"

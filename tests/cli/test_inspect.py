@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from qlora_jax.cli.main import main
 from qlora_jax.workflows.describe import describe
+from tests.checkpoints.torch_writer import torch_bytes
 from tests.golden_data import golden_folder
 
 LINEARS = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)  # two layers
@@ -38,6 +41,16 @@ def test_a_4bit_model():
     beside = up.nbytes - 2 * (128 * 64 // 2 + 128 + 4 * (16 + 256 + 1))
     assert 0 < beside < 2 * 400
     assert weights["model.norm.weight"].stored == "float32"
+
+
+def test_a_model_of_pytorch(tmp_path):
+    golden = golden_folder("models/llama")
+    shutil.copy(golden / "config.json", tmp_path)
+    state = load_file(golden / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(torch_bytes(state))
+    found, same = describe(tmp_path), describe(golden)
+    assert found.files == ["pytorch_model.bin"]
+    assert (found.weights, found.facts, found.kind) == (same.weights, same.facts, same.kind)
 
 
 def test_a_gguf_file():
