@@ -222,14 +222,13 @@ def read_adapter(args: argparse.Namespace) -> Any:
     from qlora_jax.checkpoints import peft
     from qlora_jax.checkpoints.orbax_io import load_orbax
     from qlora_jax.models import ModelConfig
-    from qlora_jax.models.families import module_shapes
+    from qlora_jax.workflows.export_gguf import read_adapter
     from qlora_jax.workflows.open import open_source
 
-    if not Path(args.path, peft.CONFIG).exists():
+    if args.model is None and not Path(args.path, peft.CONFIG).exists():
         return load_orbax(args.path)
     with open_source(needed_model(args)) as source:
-        shape = ModelConfig.from_dict(source.config, args.model)
-    return peft.read_adapter(args.path, module_shapes(shape), shape.num_hidden_layers)
+        return read_adapter(Path(args.path), ModelConfig.from_dict(source.config, args.model))
 
 
 def needed_model(args: argparse.Namespace) -> str:

@@ -1,0 +1,188 @@
+"""The round trip by commands: every format out, opened again, with its dtype, shards and notes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_jax.checkpoints.orbax_io import load_orbax
+from qlora_jax.checkpoints.shards import Shards
+from qlora_jax.cli.main import main
+from qlora_jax.workflows.convert import parameters
+from qlora_jax.workflows.describe import describe
+from qlora_jax.workflows.open import open_source
+from tests.cli.converted import write_home
+
+NO_TOKENIZER = "has no tokenizer, so the"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return write_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def at_home(home, tmp_path, monkeypatch, capsys):
+    """The home as the current folder; `call(argv)` runs a command that writes to its {out}."""
+    monkeypatch.chdir(home)
+
+    def call(argv: str) -> tuple[Path, str]:
+        name = f"{len(list(tmp_path.iterdir()))}" + (".gguf" if "gguf" in argv else "")
+        out = tmp_path / name
+        code = main(argv.format(out=out).split())
+        shown = capsys.readouterr()
+        assert (code, shown.err) == (0, ""), shown.err
+        assert f"written    {out} (" in shown.out or argv.startswith("quantize")
+        return out, shown.out
+
+    return call
+
+
+def arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """The weights of a model as they are stored; a GGUF file's unpacked."""
+    with open_source(path) as source:
+        return {name: source.read(name) for name in source.names()}
+
+
+def dtypes(path: Path | str) -> set[str]:
+    with open_source(path) as source:
+        return {source.dtype(name) for name in source.names()}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("base", ["model", "model-4bit"])
+def test_merge_keeps_the_bases_dtype(at_home, base):
+    out, shown = at_home(f"merge run {{out}} --model {base}")
+    assert "(float32, as the base): " in shown
+    assert dtypes(out) == {"float32"}
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == ("float32", False)
+    assert "quantization_config" not in config
+    assert (out / "tokenizer.json").read_bytes() == Path("run/tokenizer.json").read_bytes()
+    assert (out / "generation_config.json").exists()
+
+
+def test_merge_in_shards(at_home):
+    command = "merge run {out} --model model-4bit --dtype float16"
+    (whole, _), (split, shown) = at_home(command), at_home(f"{command} --shard-size 100KB")
+    assert "(float16): " in shown
+    found = describe(split)
+    assert found.files == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert_same(arrays(split), arrays(whole))
+
+
+def test_merge_into_the_original_weights(at_home):
+    out, shown = at_home("merge run {out} --model model --base original --tolerance 100")
+    assert "merging into the original weights" in shown
+    assert_same(
+        {name: array for name, array in arrays(out).items() if "norm" in name},
+        {name: array for name, array in arrays("model").items() if "norm" in name},
+    )
+
+
+def test_quantize_in_shards(at_home):
+    out, _ = at_home("quantize model {out} --shard-size 100KB")
+    assert len(describe(out).files) > 1
+    assert_same(arrays(out), arrays("model-4bit"))
+
+
+def test_export_hf(at_home):
+    same, shown = at_home("export model {out} --format hf")
+    assert "(hf): " in shown
+    assert_same(arrays(same), arrays("model"))
+    dense, _ = at_home("export model-4bit {out} --format hf")
+    assert dtypes(dense) == {"float32"}
+    half, _ = at_home("export model-4bit {out} --format hf --dtype bfloat16 --shard-size 0.1MB")
+    assert dtypes(half) == {"bfloat16"}
+    assert len(describe(half).files) == 3
+    bare, shown = at_home("export bare {out} --format hf")
+    assert NO_TOKENIZER in shown
+    assert describe(bare).tokenizer == []
+
+
+def test_export_4bit(at_home):
+    out, shown = at_home("export model {out} --format bnb-4bit")
+    assert "(bnb-4bit): " in shown
+    assert_same(arrays(out), arrays("model-4bit"))
+    again, _ = at_home("export model-4bit {out} --format bnb-4bit --shard-size 100KB")
+    assert_same(arrays(again), arrays("model-4bit"))
+    half, _ = at_home("export model-4bit {out} --format bnb-4bit --dtype float16")
+    with Shards(half) as source:
+        assert source.dtype("model.embed_tokens.weight") == "float16"
+    _, shown = at_home("export bare {out} --format bnb-4bit")
+    assert NO_TOKENIZER in shown
+
+
+def test_export_peft(at_home):
+    out, _ = at_home("export run {out} --format peft --model model")
+    for name in ("adapter_model.safetensors", "tokenizer.json", "qlora_jax.json"):
+        assert (out / name).read_bytes() == Path("run", name).read_bytes()
+    back, shown = at_home("export orbax-run {out} --format peft")
+    assert NO_TOKENIZER in shown
+    tensors = "adapter_model.safetensors"
+    assert (back / tensors).read_bytes() == Path("run", tensors).read_bytes()
+
+
+def test_export_gguf(at_home):
+    out, shown = at_home("export model {out} --format gguf")
+    assert "(gguf): " in shown
+    assert_same(arrays(out), arrays("model"))
+    half, _ = at_home("export model {out} --format gguf --dtype float16")
+    named, _ = at_home("export model {out} --format gguf --type f16")
+    both, _ = at_home("export model {out} --format gguf --type f16 --dtype float16")
+    assert half.read_bytes() == named.read_bytes() == both.read_bytes()
+    _, shown = at_home("export bare {out} --format gguf --type q8_0")
+    assert NO_TOKENIZER in shown
+
+
+def test_export_gguf_from_4_bits(at_home):
+    import gguf
+
+    out, _ = at_home("export model-4bit {out} --format gguf --type q8_0")
+    reader = gguf.GGUFReader(out)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.1.ffn_up.weight"] == "Q8_0"
+    assert reader.fields["llama.vocab_size"].contents() == 256
+    again, _ = at_home(f"quantize {out} {{out}}")
+    assert "4-bit model" in describe(again).kind
+
+
+@pytest.mark.parametrize("adapter", ["run", "orbax-run"])
+def test_export_gguf_lora(at_home, adapter):
+    import gguf
+
+    out, _ = at_home(f"export {adapter} {{out}} --format gguf-lora --model model-4bit --type f32")
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["adapter.type"].contents() == "lora"
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    assert shapes["blk.1.ffn_up.weight.lora_a"] == [64, 4]
+
+
+def test_export_orbax(at_home):
+    out, shown = at_home("export model-4bit {out} --format orbax")
+    assert "no config.json, no tokenizer" in shown
+    found, expected = load_orbax(out), parameters("model-4bit", None)
+    up = "model.layers.mlp.up_proj.weight"
+    np.testing.assert_array_equal(found[up].dequantize(), expected[up].dequantize())
+    adapter, _ = at_home("export run {out} --format orbax --model model")
+    assert describe(adapter).kind == "Orbax adapter"
+
+
+def test_inspect_of_what_was_written(at_home, home, capsys):
+    for name, kind in [
+        *(("model", "model"), ("model-4bit", "4-bit model"), ("run", "adapter")),
+        *(("orbax-run", "Orbax adapter"), ("orbax-model", "Orbax checkpoint")),
+    ]:
+        assert main(["inspect", name]) == 0
+        assert capsys.readouterr().out.startswith(f"{name}: {kind}\n")
+        assert main(["inspect", name, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["kind"] == kind
+        assert found["nbytes"] > 0
+        assert len(found["weights"]) > 3
