@@ -4,20 +4,26 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+from qlora_jax.adapters.adapter import Adapter, check_finite
+from qlora_jax.checkpoints import manifest, peft
 from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.gguf_lora import lora_metadata, lora_tensors
 from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES, model_metadata
 from qlora_jax.checkpoints.gguf_tensors import rope_tensors, specs_of, stored, weight_table
 from qlora_jax.checkpoints.gguf_write import Value, save_gguf
 from qlora_jax.checkpoints.load import Loader, source_dtype
+from qlora_jax.checkpoints.orbax_io import load_orbax
 from qlora_jax.data.gguf_vocabulary import gguf_vocabulary
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models import ModelConfig
+from qlora_jax.models.families import module_shapes
 from qlora_jax.workflows.companions import companions, has_tokenizer
 from qlora_jax.workflows.convert import dense_weights, refuse_taken
 from qlora_jax.workflows.open import Source, open_source
 
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of a source's own dtype
+ADAPTER_TYPES = ("f32", "f16", "bf16")
 
 
 def export_gguf(
@@ -61,6 +67,57 @@ def export_gguf(
         )
         save_gguf(out, {**metadata, **vocabulary}, specs, chain(extra.items(), tensors))
     return [*notes, *more, *others]
+
+
+def export_gguf_lora(
+    adapter_path: str | Path, out: str | Path, model_path: str | Path, type: str | None = None
+) -> list[str]:
+    """Writes a LoRA adapter as a GGUF file that llama.cpp puts on its base; never overwrites.
+
+    Args:
+      adapter_path: a PEFT folder, or an adapter that was saved by orbax.
+      out: a path where nothing is yet, ending with .gguf.
+      model_path: the adapter's base, of which only config and shapes are read.
+      type: f32, f16 or bf16; by default f32, as adapters are trained.
+
+    Returns:
+      What is to be said about the file.
+
+    Raises:
+      InputError: OUT-EXISTS, GG-SUFFIX, GG-TYPE, GG-RANGE, GGOUT-LORA, GGOUT-DORA, GGOUT-SAVED,
+        LORA-FINITE, and what is wrong with the files.
+      StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
+    """
+    refuse_taken(out)
+    kind = "f32" if type is None else type
+    if kind not in ADAPTER_TYPES:
+        raise InputError("GG-TYPE", "--type", f"unknown type {type!r}", listed(ADAPTER_TYPES))
+    with open_source(model_path) as source:
+        config = ModelConfig.from_dict(source.config, str(source.path))
+    adapter = read_adapter(Path(adapter_path), config)
+    check_finite(adapter)
+    name, where = Path(adapter_path).absolute().name, str(adapter_path)
+    metadata, alpha = lora_metadata(adapter.spec, config, name, where)
+    specs = {
+        name: (kind.upper(), array.shape) for name, array in lora_tensors(adapter, config, alpha)
+    }
+    save_gguf(out, metadata, specs, lora_tensors(adapter, config, alpha))
+    return []
+
+
+def read_adapter(path: Path, config: ModelConfig) -> Adapter:
+    """The adapter in a PEFT folder, or in one of orbax, that fits a model."""
+    shapes, layers = module_shapes(config), config.num_hidden_layers
+    if (path / peft.CONFIG).exists() or not (path / manifest.NAME).exists():
+        return peft.read_adapter(path, shapes, layers)
+    adapter = load_orbax(path)
+    if not isinstance(adapter, Adapter):
+        raise InputError("GGOUT-LORA", path, "is an Orbax checkpoint of something else")
+    other = [name for name, shape in adapter.shapes.items() if shapes.get(name) != tuple(shape)]
+    if other or adapter.spec.num_layers != layers:
+        found = f"does not fit the model: {listed(other) or f'{adapter.spec.num_layers} layers'}"
+        raise InputError("GGOUT-LORA", path, found, "the base that it was trained on")
+    return adapter
 
 
 def checked_type(asked: str | None, source: Source, choices: dict[str, int]) -> str:
