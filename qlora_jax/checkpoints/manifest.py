@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.files import opened
+from qlora_jax.checkpoints.files import inside, opened
 from qlora_jax.checkpoints.strict_json import parse_json, read_json
 from qlora_jax.errors import InputError, StorageError, listed
 
@@ -54,6 +54,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         what = "has no manifest.json" if path.parent.is_dir() else "missing: no such folder"
         expected = "a folder that save_orbax wrote"
         raise InputError("ORB-MISSING", str(folder), what, expected)
+    path = inside(folder, NAME)
     try:
         found = read_json(path, LIMIT_BYTES)
         body = {key: value for key, value in found.items() if key != "sha256"}
@@ -95,7 +96,7 @@ def digests(folder: Path) -> dict[str, dict[str, Any]]:
         for root, _, files in os.walk(folder)
         for name in files
     )
-    return {name: file_digest(folder / name) for name in names if name != NAME}
+    return {name: file_digest(inside(folder, name)) for name in names if name != NAME}
 
 
 def file_digest(path: Path) -> dict[str, Any]:

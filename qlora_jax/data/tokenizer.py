@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 MAX_CONFIG_BYTES = 4 << 20
+READ_BY_TRANSFORMERS = (".json", ".jinja", ".txt", ".model")
 
 
 def load_tokenizer(
@@ -59,8 +60,9 @@ def from_folder(folder: Path) -> "PreTrainedTokenizerFast":
     if not folder.is_dir():
         hint = "a folder with tokenizer.json, or pass the GGUF file's metadata"
         raise InputError("TOK-FILE", str(folder), "is not a folder", hint=hint)
+    check_files(folder)
     if (config := folder / "tokenizer_config.json").exists():
-        read_object(config, MAX_CONFIG_BYTES)
+        check_config(read_object(config, MAX_CONFIG_BYTES), str(config))
     # AutoTokenizer takes the class that tokenizer_config.json names, and in transformers 5 some of
     # those put their own pre-tokenizer in the place of the file's: SmolLM2, a "GPT2Tokenizer",
     # would no longer split digits. The plain class takes tokenizer.json as it is.
@@ -71,6 +73,41 @@ def from_folder(folder: Path) -> "PreTrainedTokenizerFast":
     elif not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         raise InputError("TOK-FILE", str(folder), "tokenizer.json is missing")
     return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def check_files(folder: Path) -> None:
+    """Refuses a pipe, which would be waited for, and a link to nothing or out of the folder.
+
+    transformers opens what it finds by itself; links from Hugging Face's cache to its blobs are
+    followed.
+    """
+    home = Path(os.path.realpath(folder))
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        real = Path(os.path.realpath(path))
+        if path.suffix not in READ_BY_TRANSFORMERS or real.is_dir():
+            continue
+        if not any(real.is_relative_to(place) for place in homes):
+            found = f"leads outside the folder, to {real}"
+            raise InputError("TOK-FILE", str(path), found, "a file inside it")
+        if not real.is_file():
+            found = "is a pipe or device" if real.exists() else f"leads to {real}, which is missing"
+            raise InputError("TOK-FILE", str(path), found, "a regular file")
+
+
+def check_config(config: dict[str, Any], where: str) -> None:
+    """Refuses values of tokenizer_config.json that transformers takes and fails on when used."""
+    length = config.get("model_max_length")
+    if length is not None and (type(length) not in (int, float) or length <= 0):
+        found = f"model_max_length is {length!r:.80}"
+        raise InputError("TOK-CONFIG", where, found, "a number above 0")
+    template = config.get("chat_template") or ""
+    several = template if isinstance(template, list) else []
+    texts = [(item.get("name"), item.get("template")) for item in several if type(item) is dict]
+    texts = [text for pair in texts for text in pair] if several else [template]
+    if len(texts) < 2 * len(several) or not all(isinstance(text, str) for text in texts):
+        found = f"chat_template is {template!r:.80}"
+        raise InputError("TOK-CONFIG", where, found, "text, or a list of name and template")
 
 
 def from_gguf(path: Path, metadata: dict[str, Any]) -> "PreTrainedTokenizerFast":

@@ -227,6 +227,18 @@ def test_a_missing_file_is_named_and_so_is_a_new_one(saved, tmp_path):
         load_orbax(folder)
 
 
+def test_a_link_out_of_the_folder_is_not_followed(saved, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    for number, path in enumerate(files(folder)):
+        path.rename(tmp_path / str(number))
+        path.symlink_to(tmp_path / str(number))
+        with pytest.raises(InputError, match="leads outside the folder"):
+            load_orbax(folder)
+        path.unlink()
+        (tmp_path / str(number)).rename(path)
+
+
 def test_swapped_files_are_refused(saved, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)

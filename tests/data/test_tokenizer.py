@@ -318,6 +318,42 @@ def test_good_tokenizer_json_of_every_type_passes(tmp_path, model):
     check_tokenizer_json(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_max_length": "512"},
+        {"model_max_length": True},
+        {"model_max_length": 0},
+        {"chat_template": 5},
+        {"chat_template": {"default": "x"}},
+        {"chat_template": ["x"]},
+        {"chat_template": [{"name": "default"}]},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_config_that_would_fail_when_used_is_refused(tmp_path, changes):
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changes))
+    with pytest.raises(InputError, match=next(iter(changes))) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.code == "TOK-CONFIG"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json"])
+def test_files_that_transformers_opens_by_itself_are_looked_at_first(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+    os.mkfifo(folder / name)  # opening it would wait for ever
+    with pytest.raises(InputError, match=r"TOK-FILE.*is a pipe"):
+        load_tokenizer(folder)
+    (folder / name).unlink()
+    (tmp_path / "outside").write_text("{}")
+    (folder / name).symlink_to("../outside")
+    with pytest.raises(InputError, match=r"TOK-FILE.*leads outside the folder"):
+        load_tokenizer(folder)
+
+
 def test_padding_and_truncation_of_the_file_are_off(tmp_path):
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "p": 3}, [("a", "b")]))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
