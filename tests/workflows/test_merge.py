@@ -1,45 +1,97 @@
 """ql.merge: a dense model that answers as base + adapter; the base stays as it was."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.init import init_lora
 from qlora_jax.errors import InputError
+from qlora_jax.models import Decoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.workflows.checked_merge import checked_merge
 from qlora_jax.workflows.merge import merge
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
 from tests.tolerances import LOGITS_ATOL
 
+FAMILIES = sorted(path.parent.name for path in golden_folder("models").glob("*/config.json"))
+ALL = {"use_dora": True, "modules_to_save": ["lm_head", "embed_tokens"]}
+TIED = {"lm_head": {"modules_to_save": ["lm_head"]}, "embed": {"modules_to_save": ["embed_tokens"]}}
+IDS = np.arange(48, dtype=np.int32).reshape(2, 24)
+
+
+def opened(name: str) -> Decoder:
+    with open_source(golden_folder(f"models/{name}")) as source:
+        return load_model(source, quantization=QuantizationConfig(), dtype="float32")
+
+
+def trained(base: Decoder, **settings) -> Adapter:
+    """An adapter with B not zero, and the rest moved away from the base's."""
+    fresh = init_lora(base, r=4, alpha=8, key=jax.random.key(0), **settings)
+    moved = lambda a: a + jax.random.normal(jax.random.key(1), a.shape) / 20  # noqa: E731
+    return Adapter(jax.tree.map(moved, fresh.params), fresh.spec)
+
 
 @pytest.fixture(scope="module")
 def base():
-    with open_source(golden_folder("models/llama")) as source:
-        return load_model(source, quantization=QuantizationConfig(), dtype="float32")
+    return opened("llama")
 
 
 @pytest.fixture(scope="module")
 def lora(base):
-    fresh = init_lora(base, r=4, alpha=8, key=jax.random.key(0))
-    params = jax.tree.map(
-        lambda a: jax.random.normal(jax.random.key(1), a.shape) / 20, fresh.params
-    )
-    return Adapter(params, fresh.spec)
+    return trained(base)
 
 
-def test_merged_answers_as_base_and_adapter(base, lora):
-    ids = np.arange(48, dtype=np.int32).reshape(2, 24)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {}), ("llama_tied", {}), *((family, ALL) for family in FAMILIES)],
+    ids=lambda value: value if isinstance(value, str) else "all" if value else "plain",
+)
+def test_merged_answers_as_base_and_adapter(family, settings):
+    base = opened(family)
+    lora = trained(base, **settings)
     before = jax.tree.map(np.array, base.weights())
     dense = merge(base, lora)
     assert not any(isinstance(w, QuantizedTensor) for w in dense.weights().values())
-    expected = base(ids, adapter=lora)
-    np.testing.assert_allclose(dense(ids), expected, atol=LOGITS_ATOL)
-    assert np.abs(expected - base(ids)).max() > 100 * LOGITS_ATOL
+    expected = base(IDS, adapter=lora)
+    np.testing.assert_allclose(dense(IDS), expected, atol=LOGITS_ATOL)
+    assert np.abs(expected - base(IDS)).max() > 100 * LOGITS_ATOL
     same = jax.tree.map(np.array_equal, before, base.weights())
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("which", ["dequantized", "original"])
+@pytest.mark.parametrize("kind", TIED)
+def test_a_saved_module_unties_the_merged_model(tmp_path, kind, which):
+    base, folder = opened("llama_tied"), golden_folder("models/llama_tied")
+    lora = trained(base, **TIED[kind])
+    with open_source(folder) as source:
+        assert source.config["tie_word_embeddings"]
+        checked_merge(
+            base,
+            lora,
+            tmp_path / "out",
+            config=source.config,
+            base=which,
+            source=source if which == "original" else None,
+            dtype="float32",
+            tolerance=100.0 if which == "original" else LOGITS_ATOL,
+        )
+        embedding = source.read("model.embed_tokens.weight")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
+    saved = {"lm_head": "lm_head.weight", "embed": "model.embed_tokens.weight"}[kind]
+    (left,) = {"lm_head.weight", "model.embed_tokens.weight"} - {saved}
+    (name,) = lora.spec.modules_to_save
+    np.testing.assert_array_equal(written[saved], lora.params[name]["weight"])
+    np.testing.assert_array_equal(written[left], embedding)
 
 
 def test_the_original_base_is_read_from_its_source(base, lora):

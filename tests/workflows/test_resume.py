@@ -58,6 +58,8 @@ def test_stopped_and_resumed_is_never_stopped(home, tmp_path, packing, accumulat
         {"optim_memory": "host"},
         {"dtype": "bfloat16", "batch_size": 2},
         {"val_size": 0.3, "eval_steps": 2},
+        {"use_dora": True, "lora_dropout": 0.3},
+        {"modules_to_save": ["lm_head", "embed_tokens"], "optim_memory": "host"},
     ],
     ids=lambda extra: next(iter(extra)),
 )
@@ -100,6 +102,8 @@ def stopped(home, tmp_path_factory):
         ({"lora_alpha": 16}, "lora_alpha 8 -> 16"),
         ({"learning_rate": 5e-3}, "learning_rate 0.01 -> 0.005"),
         ({"target_modules": ["q_proj"]}, r"target_modules 'all-linear' -> \['q_proj'\]"),
+        ({"use_dora": True}, "use_dora False -> True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \[\] -> \['lm_head'\]"),
         ({"packing": False}, "packing True -> False"),
         ({"max_seq_length": 63}, "max_seq_length 64 -> 63"),
         ({"shuffle_seed": 1}, "shuffle_seed 42 -> 1"),
