@@ -13,6 +13,14 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
 from tests.checkpoints.gguf_files import File, array, f32, string, strings, u32
 from tests.checkpoints.safetensors_files import entry, safetensors_bytes
+from tests.checkpoints.torch_writer import (
+    Member,
+    members_of,
+    pickle_of,
+    storage,
+    tensor,
+    zip_of,
+)
 from tests.golden_data import golden_folder
 
 LAYERS = 2
@@ -89,6 +97,23 @@ def sharded(folder: Path) -> Path:
     files = {name: packed(part) for name, part in zip(names, parts, strict=True)}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return write(folder, {"config.json": config, "model.safetensors.index.json": index, **files})
+
+
+def torch_model(folder: Path) -> Path:
+    """config.json and pytorch_model.bin."""
+    config = {"model_type": "llama", **CONFIG, **FAMILIES["llama"]}
+    return write(folder, {"config.json": config, "pytorch_model.bin": zip_of(torch_members())})
+
+
+def torch_members() -> list[Member]:
+    """The members of pytorch_model.bin, data.pkl first."""
+    arrays = arrays_of({"model_type": "llama", **CONFIG, **FAMILIES["llama"]})
+    items, storages = {}, {}
+    for key, (name, values) in enumerate(arrays.items()):
+        strides = [step // values.itemsize for step in values.strides]
+        items[name] = tensor(storage("Float", str(key), values.size), 0, values.shape, strides)
+        storages[str(key)] = values.tobytes()
+    return members_of(pickle_of(items), storages)
 
 
 def bitsandbytes(folder: Path) -> Path:

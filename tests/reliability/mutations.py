@@ -11,6 +11,8 @@ from random import Random
 from typing import Any
 
 from tests.checkpoints.gguf_files import File, text
+from tests.checkpoints.torch_writer import Member, zip_of
+from tests.checkpoints.torch_writer import number as pickle_number
 
 Mutated = tuple[bytes, int]  # the new bytes, and how many loaded numbers they may change
 
@@ -29,6 +31,15 @@ RAW = (
     "[1,]", '{"a":1,"a":1}', "0x10", "+1", "01", ".5", '"\n"', '"\\ud800"', "/**/1", "",
 )  # fmt: skip
 HALVES = 16 * 32  # numbers of a float16 tensor that claims to be bfloat16: both have 2 bytes
+LARGEST = 64 * 32  # numbers of the tiny model's largest tensor
+INSTRUCTIONS = (
+    *(bytes([code]) for code in b"(.0123FINSTVXcbdeghijlopqrstu)]}"),
+    *(b"\x80\x05", b"\x85", b"\x86", b"\x87", b"\x88", b"\x89", b"\x8a\xff", b"\x93", b"\x81"),
+    *(b"\x92", b"\x82\x01", b"\x95" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f", b"h\x00", b"h\xff"),
+    *(b"cos\nsystem\n", b"cbuiltins\neval\n", b"j\xff\xff\xff\xff", b"q\x00", b"P1\n", b"N", b"Q"),
+    *(b"r\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"J\xff\xff\xff\xff", b"K\x00", b"2" * 1000),
+    *(b"(" * 1000, b"]" * 500 + b"a" * 499),
+)
 MARK = "\u241fraw\u241f"  # stands for text that is no JSON
 
 
@@ -253,6 +264,77 @@ def gguf(make: Callable[[], File], rng: Random) -> Mutated:
         (lambda: bits_in_front(clean, rng, start), 4),
         (lambda: scaled(bits(clean, rng, start), 32), 2),
         (lambda: pieces(clean, rng), 3),
+    )
+
+
+def torch(make: Callable[[], list[Member]], rng: Random) -> Mutated:
+    """A .bin file with damage to its archive or, under checksums that are right, to its pickle.
+
+    Without checksums a pickle can be as good as the clean one and name other places of a storage.
+    """
+    members = make()
+    clean = zip_of(members)
+    pickle = members[0].data
+
+    def damaged_pickle() -> Mutated:
+        members[0].data = rng.choice((bits, pieces))(pickle, rng)[0]
+        return zip_of(members), 4 * LARGEST
+
+    def instruction() -> Mutated:
+        start = rng.randrange(len(pickle))
+        put = rng.choice(INSTRUCTIONS)
+        cut = rng.choice((0, 1, len(put)))
+        members[0].data = pickle[:start] + put + pickle[start + cut :]
+        return zip_of(members), LARGEST
+
+    def sizes() -> Mutated:
+        found = [place for place in range(len(pickle)) if pickle[place : place + 1] in b"KM"]
+        start = rng.choice(found)
+        put = pickle_number(rng.choice([n for n in NUMBERS if isinstance(n, int)]))
+        members[0].data = pickle[:start] + put + pickle[start + 2 + (pickle[start] == 77) :]
+        return zip_of(members), LARGEST
+
+    def member() -> Mutated:
+        place = rng.randrange(len(members))
+        one = members[place]
+        act = rng.randrange(10)
+        large = int.from_bytes(number(rng, 4), "little")
+        if act == 0:
+            one.crc = large
+        elif act == 1:
+            one.size = large
+        elif act == 2:
+            one.start = large
+        elif act == 3:
+            one.flags = rng.choice((1, 8, 0x40, 0x800))
+        elif act == 4:
+            one.method = rng.choice((1, 8, 12, 14, 93))
+        elif act == 5:
+            one.local_name = "m/other"
+        elif act == 6:
+            one.local_size = large
+        elif act == 7:
+            one.name = rng.choice(("m/../x", "/m/x", "m/data/x", "m/other.pkl", "", "M/data/0"))
+        elif act == 8:
+            members.append(one)
+        else:
+            del members[place]
+        return zip_of(members), 0
+
+    def end() -> Mutated:
+        field = rng.choice(("count", "length", "start"))
+        claim = int.from_bytes(number(rng, 2 if field == "count" else 4), "little")
+        return zip_of(members, **{field: claim}), 0
+
+    return one_of(
+        rng,
+        (damaged_pickle, 5),
+        (instruction, 5),
+        (sizes, 5),
+        (member, 5),
+        (end, 2),
+        (lambda: (bits(clean, rng)[0], 0), 4),
+        (lambda: pieces(clean, rng), 4),
     )
 
 
