@@ -2,55 +2,18 @@
 
 import dataclasses
 import math
-import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.errors import InputError, Note, listed, nearest
+from qlora_jax.errors import InputError, listed, nearest
 from qlora_jax.models import families, rope_config
 from qlora_jax.models.families import FAMILIES, Family
+from qlora_jax.models.options import check_options
 from qlora_jax.models.rope import Rope
 from qlora_jax.models.scores import Scores
 
 MAX_LAYERS = 10_000  # each costs memory before a weight is looked for
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-# What every family reads.
-READ = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"),
-}
-# What is not about the mathematics of a forward pass without dropout.
-HARMLESS = {
-    *(
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "_name_or_path",
-    ),
-    *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
-    *("max_sequence_length", "model_max_length", "neftune_noise_alpha", "pruned_heads"),
-    *("cache_implementation", "output_attentions", "output_hidden_states", "tie_encoder_decoder"),
-    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "head_type"),
-    *(
-        "is_llama_config",
-        "max_window_layers",
-        "rope_interleaved",
-        "auto_map",
-        "num_return_sequences",
-    ),
-}
-# Words of what a decoder computes: an unknown option with one of them is refused when it is on.
-SUSPECT = re.compile(
-    "attn|attention|rope|rotary|position|norm|scal|logit|softcap|window|expert|moe|router|bias|"
-    "residual|embed|act|head|layer|clip|multiplier|mup|alibi|query|key_|value|mlp|ffn|gate|conv"
-)
-OFF = (None, False, 0, "", [], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +134,7 @@ class Reader:
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """`ModelConfig.from_dict`."""
     family = family_of(config, where)
-    refuse_unknown_mathematics(config, family, where)
+    check_options(config, family, where)
     read = Reader({**family.defaults, **config}, where)
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     groups = read.size("num_key_value_heads", default=heads)
@@ -231,32 +194,6 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         f"one of {listed(FAMILIES)}",
         f"a model of family {close[0]}" if close else "a model of one of these families",
     )
-
-
-def refuse_unknown_mathematics(config: Mapping[str, Any], family: Family, where: str) -> None:
-    """An option that changes what the model computes is never passed over.
-
-    One whose name says nothing about the mathematics is passed over with a warning.
-    """
-    reader, passed = Reader({**family.defaults, **config}, where), []
-    for key, allowed in family.required.items():
-        value = reader.config.get(key)
-        if not any(type(value) is type(a) and value == a for a in allowed):
-            wanted = " or ".join(repr(a) for a in allowed)
-            found = f"{str(value)[:80]!r} is not supported for {family.model_type}"
-            raise reader.error(key, found, wanted)
-    known = {*READ, *HARMLESS, *family.required, *family.options, *family.defaults}
-    for key, value in config.items():
-        if key in known or value in OFF:
-            continue
-        if SUSPECT.search(key):
-            close = nearest(key, known - HARMLESS)
-            hint = f"{close[0]}, if that was meant" if close else "a model without it"
-            found = f"unknown option with the value {str(value)[:80]!r}"
-            raise reader.error(key, found, f"options of {family.model_type}", hint)
-        passed.append(key)
-    if passed:
-        warnings.warn(f"{where}: not known, not read: {listed(passed)}", Note, stacklevel=2)
 
 
 def read_windows(read: Reader, family: Family, layers: int) -> tuple[int | None, ...]:

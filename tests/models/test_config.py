@@ -78,6 +78,7 @@ def test_gemma_has_defaults_of_its_own():
         ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: '30.0'"),
         ("llama", {"num_local_experts": 8}, "num_local_experts: unknown option"),
         ("llama", {"use_alibi": True}, "use_alibi: unknown option with the value 'True'"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved: unknown option"),
         ("llama", {"sliding_window": 8}, "sliding_window: unknown option with the value '8'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: unknown option"),
         ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: is 'inf'"),
