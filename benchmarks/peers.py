@@ -13,6 +13,10 @@ says hello, and answers each line on its input with a line on its output:
 scales again if `double`; `run` calls each once. Operations: nf4_matmul, forward by matmul_4bit (and
 for one row by gemv_4bit too, "bitsandbytes gemv"), backward as dy times the dequantized weight; and
 dequantize.
+
+    {"prepare": {"op": "quantize", "path": FOLDER, "names": [NAME, ...], "double": true}}
+
+reads those tensors of a folder's safetensors files, and `run` quantizes each once.
 """
 
 import json

@@ -283,15 +283,17 @@ def packed_specs(name: str, state: QuantState) -> dict[str, Spec]:
 
 
 def packed_arrays(name: str, tensor: QuantizedTensor) -> dict[str, np.ndarray]:
-    """The tensors of `packed_specs`: of one matrix, in bitsandbytes' code order, in NumPy."""
-    state = state_of(tensor)
-    arrays = {name: tensor.codes.reshape(-1, 1), state_key(name, state): state.to_json()}
+    """The tensors of `packed_specs`: of one matrix, in bitsandbytes' code order, in NumPy.
+
+    The codes are the last, so that they are written while the next weight is made.
+    """
+    state, scales = state_of(tensor), tensor.absmax
+    arrays = {state_key(name, state): state.to_json()}
     arrays |= {f"{name}.{key}": values for key, values in state.maps().items()}
-    if state.offset is None:
-        return arrays | {f"{name}.absmax": tensor.absmax.reshape(-1)}
-    nested = tensor.absmax
-    arrays[f"{name}.absmax"] = nested.codes.reshape(-1)
-    return arrays | {f"{name}.nested_absmax": nested.absmax.reshape(-1)}
+    if state.offset is not None:
+        arrays[f"{name}.nested_absmax"] = scales.absmax.reshape(-1)
+        scales = scales.codes
+    return {**arrays, f"{name}.absmax": scales.reshape(-1), name: tensor.codes.reshape(-1, 1)}
 
 
 def state_key(name: str, state: QuantState) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qlora_jax.checkpoints.shards import INDEX, SINGLE, Shards
 from qlora_jax.errors import StorageError
 
 SHARD_BYTES = 5_000_000_000
-PIECE = 8 << 20  # bytes that are read again at a time
+PIECE, READERS = 4 << 20, 2  # bytes that each thread reads again at a time
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
 
@@ -54,6 +55,8 @@ class ShardWriter:
     ):
         self.folder, self.specs = folder, dict(specs)
         self.open_ended = dict.fromkeys(open_ended)  # name: array
+        self.thread = ThreadPoolExecutor(1)  # writes a tensor while the next one is made
+        self.writing: Future | None = None
         self.digests: dict[str, bytes] = {}
         self.places: dict[str, tuple[int, int]] = {}  # descriptor, offset
         self.files: dict[int, tuple[list[str], int]] = {}  # names and begin of each file's tensors
@@ -96,7 +99,10 @@ class ShardWriter:
         return text + b" " * (-len(text) % 8), offsets, offset
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Writes one tensor, whose dtype and shape are as announced, to its place."""
+        """Writes one tensor, whose dtype and shape are as announced, to its place.
+
+        It is written while the caller goes on, and must not be changed any more.
+        """
         array = np.asarray(array, order="C")
         dtype, shape = self.specs[name]
         assert name not in self.digests, f"{name} is written twice"
@@ -107,12 +113,26 @@ class ShardWriter:
             self.open_ended[name], self.specs[name] = array, (dtype, array.shape)
         else:
             assert (array.dtype, array.shape) == (dtype, shape), (name, array.dtype, array.shape)
+        self.wait()
+        self.digests[name] = b""
+        self.writing = self.thread.submit(self.put, name, array)
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """What the thread does with one tensor."""
+        if name not in self.open_ended:
             file, offset = self.places[name]
             write_all(file, as_bytes(array), offset)
         self.digests[name] = hashlib.sha256(as_bytes(array)).digest()
 
+    def wait(self) -> None:
+        """Until the last tensor is written; raises what went wrong."""
+        if self.writing is not None:
+            done, self.writing = self.writing, None
+            done.result()
+
     def finish(self) -> None:
         """Writes what was kept, the headers and the index, when every tensor was given."""
+        self.wait()
         missing = self.specs.keys() - self.digests.keys()
         assert not missing, f"never written: {sorted(missing)[:5]}"
         for file, (names, start) in self.files.items():
@@ -136,17 +156,21 @@ class ShardWriter:
         Raises:
           StorageError: OUT-VERIFY names the first tensor that differs.
         """
-        memory = aligned_empty((PIECE,), np.uint8)
-        with Shards(self.folder) as written:
-            for name, digest in self.digests.items():
-                read = hashlib.sha256()
+        with Shards(self.folder) as written, ThreadPoolExecutor(READERS) as threads:
+
+            def digest(name: str) -> bytes:
+                memory, read = aligned_empty((PIECE,), np.uint8), hashlib.sha256()
                 for piece in written.pieces(name, memory):
                     read.update(piece)
-                if read.digest() != digest:
-                    found = "differs on the disk from what was written"
-                    raise StorageError("OUT-VERIFY", f"{self.folder}: {name}", found)
+                return read.digest()
+
+            for name, found in zip(self.digests, threads.map(digest, self.digests), strict=True):
+                if found != self.digests[name]:
+                    text = "differs on the disk from what was written"
+                    raise StorageError("OUT-VERIFY", f"{self.folder}: {name}", text)
 
     def close(self) -> None:
+        self.thread.shutdown()
         while self.files:
             os.close(self.files.popitem()[0])
 
