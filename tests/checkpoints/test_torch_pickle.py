@@ -1,10 +1,13 @@
 """Every rule for the pickle of a state dict has a bad one and an error of its own."""
 
+import contextlib
 import pickle
 import struct
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_jax.checkpoints.torch_pickle import (
     ACTS,
@@ -58,6 +61,7 @@ def reference(*fields: bytes) -> bytes:
     return one(tensor(tuple_of(*fields) + b"Q", 0, [1], [1]))
 
 
+CODES = [*ACTS, STOP[0], 0xFF]
 FLOAT = name("torch", "FloatStorage")
 HOOK = dict_of({"h": NOTHING})
 VERSIONS = text("_metadata") + ORDERED_DICT + b"s"
@@ -254,3 +258,16 @@ def test_lists_and_cycles_beside_the_weights_do_no_harm():
     found = read_state(whole(dict_of({"a": GOOD}), EMPTY_DICT, state, b"b"), SIZES, "x.bin")
     assert list(found) == ["a"]
     assert found["a"].shape == (2, 3)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 2), st.sampled_from(CODES)), max_size=4)
+)
+def test_a_spoiled_pickle_is_read_or_refused(edits):
+    """Whatever the instructions, nothing but tensors or an error of ours comes out."""
+    spoiled = bytearray(pickle_of({"a": GOOD + b"q\x05", "b": tensor(SIX, 1, [5], [1])}))
+    for place, removed, code in edits:
+        spoiled[place : place + removed] = bytes([code])
+    with contextlib.suppress(InputError):
+        found = read_state(bytes(spoiled), SIZES, "x.bin")
+        assert all(entry.span <= 6 for entry in found.values())
