@@ -19,6 +19,7 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
+GGUF_TOKENIZER = "tokenizer.ggml.model"
 OTHERS = ("generation_config.json",)
 ENOUGH = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # one of these makes a tokenizer
 
@@ -36,14 +37,21 @@ def companions_of(source: Source, first: str | Path | None = None) -> dict[str, 
       source: the model; a GGUF file's tokenizer is made from its metadata.
       first: a folder whose tokenizer files, if it has any, are taken instead: an adapter's.
     """
-    if isinstance(source, GGUF):
+    if not isinstance(source, GGUF):
+        own = companions(source.path)
+    elif names_tokenizer(source):
         own = tokenizer_files(load_tokenizer(source.path, source.metadata))
     else:
-        own = companions(source.path)
+        own = {}
     better = {} if first is None else companions(first)
     if has_tokenizer(better):
         own = {name: file for name, file in own.items() if name not in TOKENIZER}
     return {**own, **better}
+
+
+def names_tokenizer(source: GGUF) -> bool:
+    """Whether a GGUF file has a tokenizer; "none" is llama.cpp's word for a file without one."""
+    return source.metadata.get("tokenizer.ggml.model", "none") != "none"
 
 
 def has_tokenizer(files: dict[str, bytes | Path]) -> bool:

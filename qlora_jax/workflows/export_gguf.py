@@ -18,7 +18,7 @@ from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models import ModelConfig
 from qlora_jax.models.families import module_shapes
-from qlora_jax.workflows.companions import companions, has_tokenizer
+from qlora_jax.workflows.companions import companions, has_tokenizer, names_tokenizer
 from qlora_jax.workflows.convert import dense_weights, refuse_taken
 from qlora_jax.workflows.open import Source, open_source
 
@@ -136,11 +136,10 @@ def name_of(source: Source) -> str:
 
 def vocabulary_of(source: Source, config: ModelConfig) -> tuple[dict[str, Value], list[str]]:
     """The metadata keys of the source's tokenizer, and what is to be said about them."""
-    if isinstance(source, GGUF):
-        keys = {key: source.encoded(key) for key in source.metadata if key.startswith("tokenizer.")}
-        if "tokenizer.ggml.model" in keys:
-            return keys, []
-    elif has_tokenizer(companions(source.path)):
+    if isinstance(source, GGUF) and names_tokenizer(source):
+        keys = [key for key in source.metadata if key.startswith("tokenizer.")]
+        return {key: source.encoded(key) for key in keys}, []
+    if not isinstance(source, GGUF) and has_tokenizer(companions(source.path)):
         tokenizer = load_tokenizer(source.path, vocab_size=config.vocab_size)
         return gguf_vocabulary(tokenizer, config.vocab_size, str(source.path))
     ids = {
