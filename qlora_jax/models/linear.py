@@ -23,7 +23,6 @@ class Branch(NamedTuple):
     dropout: float = 0.0
     key: Array | None = None  # for dropout; None in evaluation
     magnitude: Float[Array, " out"] | None = None  # DoRA's length of each row
-    magnitude: Float[Array, " out"] | None = None  # of DoRA
 
 
 Branches = dict[str, Branch]
