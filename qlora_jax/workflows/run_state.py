@@ -14,7 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from qlora_jax.adapters.spec import LoraSpec
+from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
 from qlora_jax.checkpoints.manifest import read_manifest
 from qlora_jax.checkpoints.orbax_io import load_with_metadata, save_orbax
 from qlora_jax.errors import ConfigMismatch, listed
@@ -112,7 +116,7 @@ def restore(folder: Path, like: RunState, identity: Identity) -> RunState:
 
     Raises:
       ConfigMismatch: it belongs to another run.
-      StorageError, InputError: the files are damaged or missing.
+      StorageError, InputError: the files are damaged or missing, or a number is not finite.
     """
     # Before the arrays: another rank is another configuration, not a damaged tree.
     saved = read_manifest(folder / "state")["metadata"]
@@ -120,6 +124,10 @@ def restore(folder: Path, like: RunState, identity: Identity) -> RunState:
     tree, metadata = load_with_metadata(
         folder / "state", like={"params": like.params, "optimizer": like.optimizer}
     )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.dtype.name in EXPONENTS:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            check_finite(np.asarray(leaf), str(folder / "state"), name)
     counters = Counters(**metadata["counters"])
     counters.loss_scale = LossScale(**metadata["counters"]["loss_scale"])
     return RunState(tree["params"], tree["optimizer"], counters)
