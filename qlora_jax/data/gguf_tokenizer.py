@@ -1,4 +1,7 @@
-"""A byte-level BPE tokenizer from a GGUF file's metadata: vocabulary, merges, and how text is cut.
+"""A tokenizer from a GGUF file's metadata, as llama.cpp understands it.
+
+    gpt2    byte-level BPE: vocabulary, merges, and the name of how text is cut
+    llama   SentencePiece's BPE: a score for each token; Gemma's too
 
 GGUF stores only the name of the cut (`tokenizer.ggml.pre`); the cuts themselves are those of the
 models' published tokenizer.json. An unknown name is refused: a guess gives other tokens than the
@@ -8,18 +11,23 @@ model was trained on, and nothing would show it.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.data.gguf_sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, sentencepiece
 from qlora_jax.data.tokenizer_json import MAX_TOKENS, check_merges, pairs
 from qlora_jax.errors import InputError, listed
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, processors
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = (
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # llama.cpp's token types that are matched whole
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+ENDING|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*ENDING"
+    r"|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -41,54 +49,110 @@ class Cut:
     adds_bos: bool = False
 
 
+LLAMA3 = Cut(regex=WORDS.replace("DIGITS", "{1,3}"), whole_words=True, adds_bos=True)
+QWEN2 = Cut(regex=WORDS.replace("DIGITS", ""), nfc=True)
+GPT4O = CASED_WORDS.replace("ENDING", CONTRACTIONS + "?").replace("DIGITS", "{1,3}")
+TEKKEN = CASED_WORDS.replace("ENDING", "").replace("DIGITS", "")
+
 CUTS = {
     "gpt-2": Cut(),
     "smollm": Cut(digits=True),
-    "llama-bpe": Cut(regex=WORDS.replace("DIGITS", "{1,3}"), whole_words=True, adds_bos=True),
-    "qwen2": Cut(regex=WORDS.replace("DIGITS", ""), nfc=True),
+    "starcoder": Cut(digits=True),
+    "refact": Cut(digits=True),
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "dbrx": Cut(regex=LLAMA3.regex),  # Phi 4's
+    "smaug-bpe": Cut(regex=LLAMA3.regex),
+    "gpt-4o": Cut(regex=GPT4O),  # Phi 4 mini's
+    "tekken": Cut(regex=TEKKEN, whole_words=True, adds_bos=True),
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
 }
+MODELS = ("gpt2", "llama")
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # llama.cpp's, where a file names none
+# llama.cpp lets Phi 3's special tokens swallow the spaces behind them, but for these.
+KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def gguf_special_tokens(metadata: dict[str, Any], where: str) -> dict[str, str]:
     """`bos_token`, `eos_token`, `unk_token`, `pad_token`: those that the file names, as text."""
     tokens = typed(metadata, "tokens", list, where)
-    special = {}
-    for field, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    ids = special_ids(metadata, len(tokens), where)
+    fields = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    return {f"{field}_token": tokens[ids[key]] for field, key in fields.items() if key in ids}
+
+
+def special_ids(metadata: dict[str, Any], count: int, where: str) -> dict[str, int]:
+    """Ids of `bos`, `eos`, `unknown`, `padding`: those that the file names."""
+    defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
+    ids = {}
+    for key in ("bos", "eos", "unknown", "padding"):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id", defaults.get(key))
         if index is None:
             continue
-        if type(index) is not int or not 0 <= index < len(tokens):
+        if type(index) is not int or not 0 <= index < count:
             found = f"tokenizer.ggml.{key}_token_id is {index!r:.80}"
-            raise InputError("TOK-VOCAB", where, found, f"0 to {len(tokens) - 1}")
-        special[f"{field}_token"] = tokens[index]
-    return special
+            raise InputError("TOK-VOCAB", where, found, f"0 to {count - 1}")
+        ids[key] = index
+    return ids
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "Tokenizer":
     """The `tokenizers.Tokenizer` of a GGUF file.
 
     Args:
-      metadata: the file's keys; read are `tokenizer.ggml.model`, `pre`, `tokens`, `token_type`,
-        `merges`, `add_bos_token`, `add_eos_token` and the special ids.
+      metadata: the file's keys; read are `tokenizer.ggml.*`, and `general.name` for Phi 3, whose
+        special tokens swallow spaces.
       where: the file, for messages.
 
     Raises:
-      InputError: TOK-TYPE for another model than byte-level BPE or an unknown cut, TOK-VOCAB,
-        TOK-MERGES for an inconsistent vocabulary.
+      InputError: TOK-TYPE for another model than BPE or an unknown cut, TOK-VOCAB, TOK-MERGES for
+        an inconsistent vocabulary.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken
 
     model = typed(metadata, "model", str, where)
-    if model != "gpt2":
+    if model not in MODELS:
         hint = "the model's folder with its tokenizer.json"
-        raise InputError("TOK-TYPE", where, f"tokenizer model {model!r}", "gpt2 (BPE)", hint)
+        expected = "gpt2 or llama (BPE)"
+        raise InputError("TOK-TYPE", where, f"tokenizer model {model!r:.80}", expected, hint)
+    vocabulary = checked_vocabulary(typed(metadata, "tokens", list, where), where)
+    types = per_token(metadata, "token_type", len(vocabulary), where)
+    if model == "llama":
+        tokenizer = from_scores(metadata, vocabulary, types, where)
+    else:
+        tokenizer = byte_level(metadata, vocabulary, where)
+    swallow = swallows_spaces(metadata)
+    whole = [
+        AddedToken(
+            token,
+            special=kind != USER_DEFINED,
+            normalized=False,
+            rstrip=swallow and token not in KEEP_SPACES,
+        )
+        for token, kind in zip(vocabulary, types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_tokens(whole)
+    return tokenizer
+
+
+def swallows_spaces(metadata: dict[str, Any]) -> bool:
+    """llama.cpp's rule: a Phi 3, by the name that its file bears."""
+    name = str(metadata.get("general.name", "")).lower()
+    return "phi-3" in name or "phi3" in name
+
+
+def byte_level(metadata: dict[str, Any], vocabulary: dict[str, int], where: str) -> "Tokenizer":
+    """GPT-2's kind: text is cut, and the bytes of a piece are merged."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
     name = typed(metadata, "pre", str, where)
     if name not in CUTS:
-        found = f"unknown tokenizer.ggml.pre {name!r}"
+        found = f"unknown tokenizer.ggml.pre {name!r:.80}"
         raise InputError("TOK-TYPE", where, found, f"one of: {listed(CUTS)}")
     cut = CUTS[name]
-
-    vocabulary = checked_vocabulary(typed(metadata, "tokens", list, where), where)
     merges = list(pairs(typed(metadata, "merges", list, where), where))
     check_merges(vocabulary, merges, where)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut.whole_words))
@@ -96,14 +160,26 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "Tokenizer":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizer(cut)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = post_processor(cut, metadata, where)
-    types = token_types(metadata, len(vocabulary), where)
-    whole = [
-        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-        for token, kind in zip(vocabulary, types, strict=True)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
-    tokenizer.add_tokens(whole)
+    bytes_first = processors.ByteLevel(trim_offsets=False)
+    ends = added_ends(metadata, cut.adds_bos, len(vocabulary), where)
+    tokenizer.post_processor = processors.Sequence([bytes_first, ends]) if ends else bytes_first
+    return tokenizer
+
+
+def from_scores(
+    metadata: dict[str, Any], vocabulary: dict[str, int], types: list[int], where: str
+) -> "Tokenizer":
+    """SentencePiece's kind: the whole text is merged."""
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.get(f"tokenizer.ggml.{key}"):
+            found = f"tokenizer.ggml.{key} is set"
+            raise InputError("TOK-TYPE", where, found, "text that enters as it is")
+    scores = per_token(metadata, "scores", len(vocabulary), where)
+    space_first = flag(metadata, "add_space_prefix", True, where)
+    unknown = gguf_special_tokens(metadata, where).get("unk_token")
+    tokenizer = sentencepiece(vocabulary, types, scores, unknown, space_first, where)
+    if ends := added_ends(metadata, True, len(vocabulary), where):
+        tokenizer.post_processor = ends
     return tokenizer
 
 
@@ -125,13 +201,18 @@ def checked_vocabulary(tokens: list, where: str) -> dict[str, int]:
     return vocabulary
 
 
-def token_types(metadata: dict[str, Any], count: int, where: str) -> list[int]:
-    """llama.cpp's type of every token."""
-    types = typed(metadata, "token_type", list, where)
-    if len(types) != count:
-        found = f"tokenizer.ggml.token_type has {len(types)} entries"
+def per_token(metadata: dict[str, Any], key: str, count: int, where: str) -> list:
+    """An array that has an entry for every token."""
+    values = typed(metadata, key, list, where)
+    if len(values) != count:
+        found = f"tokenizer.ggml.{key} has {len(values)} entries"
         raise InputError("TOK-VOCAB", where, found, str(count))
-    return types
+    return values
+
+
+def flag(metadata: dict[str, Any], key: str, default: bool, where: str) -> bool:
+    """The value of `tokenizer.ggml.KEY`, true or false."""
+    return typed({f"tokenizer.ggml.{key}": default, **metadata}, key, bool, where)
 
 
 def pre_tokenizer(cut: Cut) -> Any:
@@ -148,24 +229,21 @@ def pre_tokenizer(cut: Cut) -> Any:
     return last
 
 
-def post_processor(cut: Cut, metadata: dict[str, Any], where: str) -> Any:
-    """Adds BOS and EOS where the file asks for it."""
+def added_ends(
+    metadata: dict[str, Any], adds_bos: bool, count: int, where: str
+) -> "processors.TemplateProcessing | None":
+    """Adds BOS, and EOS, where the file asks for it; `adds_bos` is what no word of it means."""
     from tokenizers import processors
 
-    special = gguf_special_tokens(metadata, where)
-    single, ids = "$A", []
-    for field, default in (("bos", cut.adds_bos), ("eos", False)):
-        added = metadata.get(f"tokenizer.ggml.add_{field}_token", default)
-        if not added:
+    tokens, ids = metadata["tokenizer.ggml.tokens"], special_ids(metadata, count, where)
+    single, special = "$A", []
+    for field, default in (("bos", adds_bos), ("eos", False)):
+        if not flag(metadata, f"add_{field}_token", default, where):
             continue
-        token = special.get(f"{field}_token")
-        if token is None:
+        if field not in ids:
             found = f"add_{field}_token is set without {field}_token_id"
             raise InputError("TOK-VOCAB", where, found)
+        token = tokens[ids[field]]
         single = f"{token} $A" if field == "bos" else f"{single} {token}"
-        ids.append((token, metadata[f"tokenizer.ggml.{field}_token_id"]))
-    bytes_first = processors.ByteLevel(trim_offsets=False)
-    if not ids:
-        return bytes_first
-    template = processors.TemplateProcessing(single=single, special_tokens=ids)
-    return processors.Sequence([bytes_first, template])
+        special.append((token, ids[field]))
+    return processors.TemplateProcessing(single=single, special_tokens=special) if special else None

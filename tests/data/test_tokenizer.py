@@ -9,16 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from qlora_jax.checkpoints.gguf import GGUF
-from qlora_jax.data.gguf_tokenizer import CUTS, gguf_tokenizer
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.data.tokenizer_json import check_tokenizer_json
 from qlora_jax.errors import InputError
 from tests.golden_data import golden_folder, read_arrays
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEXT = "Le café, 2024:\n\tdef f(x):\n        return x ** 10  # 🙂 naïve — «ok»\r\n\n  3.14"
 
 
@@ -32,23 +30,6 @@ def smollm2_metadata():
 @pytest.fixture(scope="module")
 def smollm2(smollm2_metadata):
     return load_tokenizer("SmolLM2.gguf", smollm2_metadata, vocab_size=49152)
-
-
-def tiny(pre: str = "gpt-2", **keys) -> dict:
-    """A GGUF's metadata: all bytes, `th`, `the`, and two special tokens."""
-    tokens = ["<s>", "</s>", *ALPHABET, "th", "the", "Ġthe"]
-    metadata = {
-        "general.architecture": "llama",
-        "llama.context_length": 128,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": ["t h", "th e"],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-    }
-    return metadata | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
 def test_smollm2_splits_digits_and_names_its_tokens(smollm2):
@@ -119,107 +100,6 @@ def test_loading_says_nothing_and_importing_costs_nothing(smollm2, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [
-        ("gpt-2", ["I", "'ll", "Ġpay", "Ġ12345", "!!", "ĠĠĊ", "Ġok"]),
-        ("smollm", ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "5", "!!", "ĠĠĊ", "Ġok"]),
-        ("llama-bpe", ["I", "'ll", "Ġpay", "Ġ", "123", "45", "!!", "ĠĠĊ", "Ġok"]),
-        ("qwen2", ["I", "'ll", "Ġpay", "Ġ", "1", "2", "3", "4", "5", "!!", "ĠĠĊ", "Ġok"]),
-    ],
-)
-def test_how_each_model_cuts_text(pre, pieces):
-    tokenizer = gguf_tokenizer(tiny(pre), "x.gguf")
-    cut = tokenizer.pre_tokenizer.pre_tokenize_str("I'll pay 12345!!  \n ok")
-    assert [piece for piece, _ in cut] == pieces
-
-
-def test_every_cut_is_tested():
-    marks = test_how_each_model_cuts_text.pytestmark[0].args[1]
-    assert {pre for pre, _ in marks} == set(CUTS)
-
-
-def test_only_qwen_normalizes():
-    decomposed = "e\N{COMBINING ACUTE ACCENT}"
-    for pre in CUTS:
-        tokenizer = load_tokenizer("x.gguf", tiny(pre, add_bos_token=False))
-        composed = tokenizer.decode(tokenizer.encode(decomposed)) == "é"
-        assert composed == (pre == "qwen2")
-
-
-@pytest.mark.parametrize(
-    ("pre", "keys", "expected"),
-    [
-        ("gpt-2", {}, ["the"]),
-        ("llama-bpe", {}, ["<s>", "the"]),
-        ("llama-bpe", {"add_bos_token": False}, ["the"]),
-        ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, ["<s>", "the", "</s>"]),
-    ],
-)
-def test_bos_and_eos_are_added_where_the_file_says(pre, keys, expected, tmp_path):
-    tokenizer = load_tokenizer("x.gguf", tiny(pre, **keys))
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the")) == expected
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).encode("the") == tokenizer.encode("the")
-
-
-def test_llama_takes_a_whole_word_that_no_merge_makes():
-    def pieces(pre: str) -> list[str]:
-        return gguf_tokenizer(tiny(pre, add_bos_token=False), "x.gguf").encode(" the").tokens
-
-    assert pieces("gpt-2") == ["Ġ", "the"]
-    assert pieces("llama-bpe") == ["Ġthe"]
-
-
-def test_special_and_user_defined_tokens_are_matched_whole():
-    metadata = tiny()
-    metadata["tokenizer.ggml.token_type"][-3] = 4  # "th" becomes user defined
-    tokenizer = load_tokenizer("x.gguf", metadata)
-    ids = tokenizer.encode("<s>the")
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "th", "e"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "the"
-
-
-BAD_METADATA = [
-    ("SentencePiece", "TOK-TYPE", {"model": "llama"}),
-    ("no model", "TOK-TYPE", {"model": None}),
-    ("unknown cut", "TOK-TYPE", {"pre": "gpt-5"}),
-    ("no cut", "TOK-TYPE", {"pre": None}),
-    ("tokens a number", "TOK-TYPE", {"tokens": 5}),
-    ("no merges", "TOK-TYPE", {"merges": None}),
-    ("doubled token", "TOK-VOCAB", {"tokens": ["a", "a"]}),
-    ("empty token", "TOK-VOCAB", {"tokens": ["a", ""]}),
-    ("tokens not text", "TOK-VOCAB", {"tokens": ["a", 5]}),
-    ("too few types", "TOK-VOCAB", {"token_type": [1]}),
-    ("bos out of range", "TOK-VOCAB", {"bos_token_id": 1 << 31}),
-    ("bos without id", "TOK-VOCAB", {"bos_token_id": None, "add_bos_token": True}),
-    ("merge of three", "TOK-MERGES", {"merges": ["t h e"]}),
-    ("merge of nothing", "TOK-MERGES", {"merges": [" t"]}),
-    ("merge to no token", "TOK-MERGES", {"merges": ["q z"]}),
-    ("merge of no token", "TOK-MERGES", {"merges": ["tha t"]}),
-]
-
-
-@pytest.mark.parametrize(("code", "keys"), [r[1:] for r in BAD_METADATA], ids=lambda v: str(v)[:40])
-def test_bad_metadata_is_refused(code, keys):
-    with pytest.raises(InputError, match=r"x\.gguf") as caught:
-        load_tokenizer("x.gguf", tiny(**keys))
-    assert caught.value.code == code
-
-
-def test_messages_name_the_value_and_the_choices():
-    with pytest.raises(InputError, match=r"'gpt-5' \(expected one of: gpt-2, smollm, llama-bpe"):
-        load_tokenizer("x.gguf", tiny("gpt-5"))
-
-
-def test_more_ids_than_the_model_has_rows_are_refused():
-    count = len(tiny()["tokenizer.ggml.tokens"])
-    load_tokenizer("x.gguf", tiny(), vocab_size=count)
-    with pytest.raises(InputError, match=f"ids go up to {count - 1}") as caught:
-        load_tokenizer("x.gguf", tiny(), vocab_size=count - 1)
-    assert caught.value.code == "TOK-VOCAB"
 
 
 def document(**changes) -> dict:
