@@ -8,18 +8,36 @@ refused: a guess gives other tokens than the model was trained on, and nothing w
 """
 
 import json
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qlora_jax.data.gguf_tokenizer import CUTS, Cut, gguf_tokenizer, pre_tokenizer
+from qlora_jax.data.gguf_sentencepiece import (
+    BYTE,
+    BYTES,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    merges_of,
+)
+from qlora_jax.data.gguf_tokenizer import (
+    CUTS,
+    KEEP_SPACES,
+    Cut,
+    checked_vocabulary,
+    gguf_tokenizer,
+    pre_tokenizer,
+    swallows_spaces,
+)
 from qlora_jax.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # llama.cpp's
 FOLDER = "the model's folder itself, served by transformers"
-SPACE = "▁"  # SentencePiece's sign for a space
 # Text whose ids must be the same before and after: scripts, digits, spaces, contractions, symbols.
 PROBES = (
     "Hello world! I've 'told' HE'LL they're 3 33 333 3333 1234567 3.14 x1y22",
@@ -32,7 +50,7 @@ PROBES = (
 
 
 def gguf_vocabulary(
-    tokenizer: "PreTrainedTokenizerFast", vocab_size: int, where: str
+    tokenizer: "PreTrainedTokenizerFast", vocab_size: int, where: str, name: str = ""
 ) -> tuple[dict[str, Any], list[str]]:
     """The metadata keys of a tokenizer, and what is to be said about them.
 
@@ -40,6 +58,7 @@ def gguf_vocabulary(
       tokenizer: as `load_tokenizer` gives it.
       vocab_size: rows of the model's embedding; missing ids become [PADn], as in llama.cpp.
       where: the tokenizer's folder, for errors.
+      name: the file's `general.name`, by which llama.cpp knows a Phi 3.
 
     Raises:
       InputError: TOK-GGUF for a tokenizer that llama.cpp would compute otherwise.
@@ -60,8 +79,10 @@ def gguf_vocabulary(
         **added_at_the_ends(tokenizer, where),
         **templates(tokenizer),
     }
-    refuse_other_ids(tokenizer, metadata, where)
-    return metadata, space_notes(document)
+    notes = space_notes(document, name)
+    probes = [probe for probe in PROBES if not (notes and probe.startswith(" "))]
+    refuse_other_ids(tokenizer, metadata, probes, where)
+    return metadata, notes
 
 
 def tokens_and_types(document: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -71,7 +92,7 @@ def tokens_and_types(document: dict[str, Any], vocab_size: int) -> tuple[list[st
     types = [UNUSED] * vocab_size
     for token, index in model["vocab"].items():
         tokens[index] = token
-        is_byte = model["byte_fallback"] and len(token) == 6 and token.startswith("<0x")
+        is_byte = model["byte_fallback"] and token in BYTES
         types[index] = BYTE if is_byte else UNKNOWN if token == model["unk_token"] else NORMAL
     for added in document["added_tokens"]:
         token, index = added["content"], added["id"]
@@ -127,19 +148,13 @@ def sentencepiece(
 ) -> dict[str, Any]:
     """The keys of SentencePiece's BPE; a token's score says when it is merged."""
     steps = [*plain(document["normalizer"]), *plain(document["pre_tokenizer"])]
-    known = [step for step in steps if is_space_step(step)]
-    if steps != known or not steps:
+    words = not any(SPACE in t[1:] for t, kind in zip(tokens, types, strict=True) if kind == NORMAL)
+    if not steps or not all(is_space_step(step, words) for step in steps):
         found = f"unknown normalizer or pre-tokenizer {json.dumps(steps)[:300]}"
         raise refusal(where, found, f"{SPACE} for each space, as in SentencePiece")
-    ranks: dict[str, int] = {}
-    for left, right in document["model"]["merges"]:
-        ranks.setdefault(left + right, len(ranks))
-    scores = [
-        {NORMAL: -float(ranks.get(token, len(ranks))), UNUSED: UNUSED_SCORE, BYTE: 0.0}.get(
-            kind, 0.0 if kind == UNKNOWN else ADDED_SCORE
-        )
-        for token, kind in zip(tokens, types, strict=True)
-    ]
+    merges = [tuple(pair) for pair in document["model"]["merges"]]
+    scores = scores_of(merges, tokens, types)
+    refuse_other_merges(merges, checked_vocabulary(tokens, where), types, scores, where)
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
@@ -148,15 +163,51 @@ def sentencepiece(
     }
 
 
-def is_space_step(step: dict[str, Any]) -> bool:
-    """Whether a step does no more than SentencePiece does to spaces."""
+def scores_of(merges: list[tuple[str, str]], tokens: list[str], types: list[int]) -> list[float]:
+    """A score for each token: the sooner it is merged, the higher."""
+    ranks: dict[str, int] = {}
+    for left, right in merges:
+        ranks.setdefault(left + right, len(ranks))
+    others = {UNKNOWN: 0.0, BYTE: 0.0, UNUSED: UNUSED_SCORE}
+    return [
+        -float(ranks.get(token, len(ranks))) if kind == NORMAL else others.get(kind, ADDED_SCORE)
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def refuse_other_merges(
+    merges: list[tuple[str, str]],
+    vocabulary: dict[str, int],
+    types: list[int],
+    scores: list[float],
+    where: str,
+) -> None:
+    """Scores say neither that two tokens are not merged, nor that one has two places in a row."""
+    wanted = set(merges)
+    for left, right in merges_of(vocabulary, types, scores, where):
+        if (left, right) not in wanted:
+            found = f"llama.cpp would merge {left!r} and {right!r} too"
+            raise refusal(where, found, "a merge for every cut of a token, as in SentencePiece")
+    normal = {token for token, index in vocabulary.items() if types[index] == NORMAL}
+    runs = [token for token, _ in groupby(left + right for left, right in merges)]
+    runs = [token for token in runs if token in normal]
+    if len(runs) != len(set(runs)):
+        expected = "the merges of a token side by side, as in SentencePiece"
+        raise refusal(where, "merges of a token lie apart", expected)
+
+
+def is_space_step(step: dict[str, Any], words: bool) -> bool:
+    """Whether a step does no more than SentencePiece does to spaces.
+
+    `words` says that no token goes on behind a space, so that a text may be split there.
+    """
     kind = step["type"]
     if kind == "Replace":
         return step["pattern"] == {"String": " "} and step["content"] == SPACE
     if kind == "Split":  # Gemma's: no spaces are left to split at
         return step["pattern"] == {"String": " "}
     if kind == "Metaspace":
-        return step["replacement"] == SPACE and not step["split"]
+        return step["replacement"] == SPACE and (words or not step["split"])
     return kind == "Prepend" and step["prepend"] == SPACE
 
 
@@ -165,15 +216,20 @@ def adds_space(step: dict[str, Any]) -> bool:
     return step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never"
 
 
-def space_notes(document: dict[str, Any]) -> list[str]:
+def space_notes(document: dict[str, Any], name: str) -> list[str]:
     """Spaces that llama.cpp has no key for."""
     notes = []
-    steps = plain(document["pre_tokenizer"])
-    if any(step.get("prepend_scheme") == "first" for step in steps):
+    schemes = [step.get("prepend_scheme") for step in plain(document["pre_tokenizer"])]
+    if "first" in schemes or "always" in schemes:
+        notes.append("llama.cpp puts a space before texts that begin with one, too")
+    if "first" in schemes:
         notes.append("llama.cpp puts a space after special tokens too, not only before the text")
-    greedy = [t["content"] for t in document["added_tokens"] if t["lstrip"] or t["rstrip"]]
-    if greedy:
-        notes.append(f"tokens that swallow spaces, and may not in llama.cpp: {listed(greedy)}")
+    added = document["added_tokens"]
+    swallow = {token["content"] for token in added if token["lstrip"] or token["rstrip"]}
+    if swallows_spaces({"general.name": name}):
+        swallow ^= {token["content"] for token in added} - set(KEEP_SPACES)
+    if swallow:
+        notes.append(f"llama.cpp takes spaces beside these otherwise: {listed(sorted(swallow))}")
     return notes
 
 
@@ -217,11 +273,11 @@ def templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
 
 
 def refuse_other_ids(
-    tokenizer: "PreTrainedTokenizerFast", metadata: dict[str, Any], where: str
+    tokenizer: "PreTrainedTokenizerFast", metadata: dict[str, Any], probes: list[str], where: str
 ) -> None:
     """Reads the keys as a tokenizer again: it must give the same ids."""
     again = gguf_tokenizer(metadata, where)
-    for probe in (*PROBES, *tokenizer.all_special_tokens):
+    for probe in (*probes, *tokenizer.all_special_tokens):
         ids, expected = again.encode(probe).ids, tokenizer(probe)["input_ids"]
         if ids != expected:
             found = f"{probe!r:.60} would become {ids[:20]} in llama.cpp"

@@ -141,7 +141,7 @@ def vocabulary_of(source: Source, config: ModelConfig) -> tuple[dict[str, Value]
         return {key: source.encoded(key) for key in keys}, []
     if not isinstance(source, GGUF) and has_tokenizer(companions(source.path)):
         tokenizer = load_tokenizer(source.path, vocab_size=config.vocab_size)
-        return gguf_vocabulary(tokenizer, config.vocab_size, str(source.path))
+        return gguf_vocabulary(tokenizer, config.vocab_size, str(source.path), name_of(source))
     ids = {
         "bos": config.bos_token_id,
         "eos": next(iter(config.eos_token_ids), None),

@@ -163,8 +163,99 @@ def test_other_ids_are_refused(monkeypatch):
         gguf_vocabulary(small(), 259, "t")
 
 
-def test_tokens_that_swallow_spaces_are_told():
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("", "<end>"), ("my Phi-3 mini", "</s>"), ("Phi-3, all of them swallow", "")],
+)
+def test_tokens_that_swallow_spaces_are_told(name, told):
+    """llama.cpp lets all of a Phi 3 do so, which it knows by name, and none of others."""
     tokenizer = small()
     tokenizer.add_tokens([AddedToken("<end>", rstrip=True)])
-    _, notes = gguf_vocabulary(tokenizer, 260, "t")
-    assert notes == ["tokens that swallow spaces, and may not in llama.cpp: <end>"]
+    if "all" in name:
+        tokenizer = small()
+        tokenizer.add_special_tokens({"eos_token": AddedToken("</s>", rstrip=True)})
+    _, notes = gguf_vocabulary(tokenizer, 260, "t", name)
+    text = "llama.cpp takes spaces beside these otherwise: "
+    assert notes == ([text + told] if told else [])
+
+
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abc"]
+MERGES = [("a", "b"), ("▁", "ab"), ("▁a", "b"), ("▁", "a"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+APART = ("▁a", "b")
+LEGACY = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+GEMMA = normalizers.Replace(" ", "▁")
+
+
+def sentence_piece(normalizer=None, pre_tokenizer=None, merges=MERGES) -> PreTrainedTokenizerFast:
+    """Bytes, three letters and what is merged of them, as tokenizer.json of a Llama 2 has it."""
+    pieces = [*PIECES, *dict.fromkeys(left + right for left, right in merges)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def metaspace(scheme: str, split: bool = False) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=split)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "space_first", "notes"),
+    [
+        (sentence_piece(LEGACY), True, 0),
+        (sentence_piece(GEMMA), False, 0),
+        (sentence_piece(GEMMA, pre_tokenizers.Split(" ", "merged_with_previous")), False, 0),
+        (sentence_piece(None, metaspace("always")), True, 1),
+        (sentence_piece(None, metaspace("never")), False, 0),
+        (sentence_piece(None, metaspace("first")), True, 2),
+        (sentence_piece(None, metaspace("always", split=True)), True, 1),
+    ],
+)
+def test_sentence_piece(tokenizer, space_first, notes):
+    found, said = gguf_vocabulary(tokenizer, 270, "t")
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("llama", "default")
+    assert found["tokenizer.ggml.add_space_prefix"] is space_first
+    assert len(said) == notes
+    tokens = found["tokenizer.ggml.tokens"]
+    assert tokens == [*PIECES, "ab", "▁ab", "▁a", "bc", "abc", "[PAD268]", "[PAD269]"]
+    types = found["tokenizer.ggml.token_type"]
+    assert types == [2, 3, 3, *[6] * 256, *[1] * 9, 5, 5]
+    scores = found["tokenizer.ggml.scores"]
+    assert scores[:4] == [0.0, -1000.0, -1000.0, 0.0]
+    assert scores[259:] == [*[-5.0] * 4, 0.0, -1.0, -2.0, -3.0, -4.0, -10000.0, -10000.0]
+    assert "tokenizer.ggml.merges" not in found
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        sentence_piece(),
+        sentence_piece(normalizers.Sequence([normalizers.NFKC(), GEMMA])),
+        sentence_piece(normalizers.Replace("a", "▁")),
+        sentence_piece(None, pre_tokenizers.Whitespace()),
+        sentence_piece(  # a token of two words, which llama.cpp would find
+            None, metaspace("always", split=True), [*MERGES, ("c", "▁a")]
+        ),
+    ],
+)
+def test_another_treatment_of_spaces_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"TOK-GGUF.*unknown normalizer or pre-tokenizer"):
+        gguf_vocabulary(tokenizer, 270, "t")
+
+
+@pytest.mark.parametrize(
+    ("merges", "found"),
+    [
+        ([merge for merge in MERGES if merge != ("ab", "c")], "llama.cpp would merge 'ab' and 'c'"),
+        ([*(m for m in MERGES if m != APART), APART], "merges of a token lie apart"),
+    ],
+)
+def test_merges_that_are_no_scores_are_refused(merges, found):
+    with pytest.raises(InputError, match=rf"TOK-GGUF.*{found}"):
+        gguf_vocabulary(sentence_piece(LEGACY, None, merges), 268, "t")
