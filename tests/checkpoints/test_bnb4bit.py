@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -165,6 +166,10 @@ def with_state(**changes):
     return lambda t: state(t, **changes)
 
 
+def stored_as(codes, dtype):
+    return codes.reshape(-1).view(dtype).reshape(-1, 1)
+
+
 def packed_embeddings(tensors):
     """Gives the embeddings (256, 64) what a 4-bit weight of another shape has, fitted."""
     name = "model.embed_tokens.weight"
@@ -233,6 +238,52 @@ BAD = {
         "absmax is float32",
     ),
     "codes cut": (replace(NAME, lambda c: c[:-1].copy()), "W4-SHAPE", "of shape (4095, 1)"),
+    "codes signed": (
+        replace(NAME, lambda c: c.view(np.int8)),
+        "W4-SHAPE",
+        "weight is int8 of shape (4096, 1) (expected uint8 of shape (4096, 1), or the same bytes)",
+    ),
+    "codes cut in another storage": (
+        replace(NAME, lambda c: stored_as(c, np.float32)[:-1].copy()),
+        "W4-SHAPE",
+        "weight is float32 of shape (1023, 1)",
+    ),
+    "absmax cut": (
+        replace(f"{NAME}.absmax", lambda a: a[:-1].copy()),
+        "W4-SHAPE",
+        "absmax is uint8 of shape (127,)",
+    ),
+    "absmax turned": (
+        replace(f"{NAME}.absmax", lambda a: a.reshape(1, -1)),
+        "W4-SHAPE",
+        "absmax is uint8 of shape (1, 128)",
+    ),
+    "nested cut": (
+        replace(f"{NAME}.nested_absmax", lambda a: a[:-1].copy()),
+        "W4-SHAPE",
+        "nested_absmax is float32 of shape (0,)",
+    ),
+    "nested halves": (
+        replace(f"{NAME}.nested_absmax", lambda a: a.astype(np.float16)),
+        "W4-SHAPE",
+        "nested_absmax is float16",
+    ),
+    "map cut": (
+        replace(f"{NAME}.quant_map", lambda m: m[:-1].copy()),
+        "W4-SHAPE",
+        "quant_map is float32 of shape (15,)",
+    ),
+    "map doubles": (
+        replace(f"{NAME}.quant_map", lambda m: m.astype(np.float64)),
+        "W4-SHAPE",
+        "quant_map is float64",
+    ),
+    "nested map cut": (
+        replace(f"{NAME}.nested_quant_map", lambda m: m[:-1].copy()),
+        "W4-SHAPE",
+        "nested_quant_map is float32 of shape (255,)",
+    ),
+    "state empty": (replace(STATE, lambda s: s[:0].copy()), "W4-SHAPE", "of shape (0,)"),
     "codes turned": (replace(NAME, lambda c: c.reshape(1, -1)), "W4-SHAPE", "of shape (1, 4096)"),
     "map other": (
         replace(f"{NAME}.quant_map", lambda m: m[::-1].copy()),
@@ -293,6 +344,22 @@ def test_is_never_quantized_again(asked):
     assert_equal_trees(load(folder, QuantizationConfig()), load(folder))
     with pytest.raises(InputError, match="W4-REQUANTIZE"):
         load(folder, asked)
+
+
+@pytest.mark.parametrize("storage", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_codes_may_be_stored_as_another_dtype(tmp_path, storage):
+    golden = golden_folder("bnb_state") / "checkpoint"
+    folder = tmp_path / "model"
+    shutil.copytree(golden, folder)
+    tensors = load_file(folder / SINGLE)
+    for name in [name.partition(".absmax")[0] for name in tensors if name.endswith(".absmax")]:
+        tensors[name] = stored_as(tensors[name], storage)
+    save_file(tensors, folder / SINGLE)
+    assert_equal_trees(load(folder), load(golden))
+    save(folder, tmp_path / "out")
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (golden / SINGLE).read_bytes()
+    said = config_of(tmp_path / "out")["quantization_config"]
+    assert said == config_of(golden)["quantization_config"]
 
 
 def test_unnested_scales_must_be_finite(tmp_path):
