@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> None:
         "gguf-lora": export_gguf_lora,
         "orbax": export_adapter_arrays if is_adapter else export_weights,
     }[args.format]
+    stored = storage(args, is_adapter)
     notes = write(args)
-    print(written(args.out, args.format))
+    print(written(args.out, f"{args.format}{stored}"))
     for note in notes:
         print(f"note       {note}")
 
@@ -139,6 +140,19 @@ def check_options(args: argparse.Namespace, is_adapter: bool) -> None:
     if args.type and args.dtype and meant(args.dtype) != args.type:
         found = f"{args.type}, but --dtype {args.dtype} means {meant(args.dtype)}"
         raise InputError("EXPORT-TYPE", "--type", found, "one of the two")
+
+
+def storage(args: argparse.Namespace, is_adapter: bool) -> str:
+    """How what is dense in a model's copy is stored, and why so; adapters stay as they are."""
+    from qlora_jax.checkpoints.load import source_dtype
+    from qlora_jax.workflows.open import open_source
+
+    if is_adapter or args.type or args.dtype:
+        asked = args.type or args.dtype
+        return f", {asked}" if asked else ""
+    with open_source(args.path) as source:
+        dtype = source_dtype(source)
+    return f", {meant(dtype) if args.format == 'gguf' else dtype} as the source"
 
 
 def export_hf(args: argparse.Namespace) -> list[str]:

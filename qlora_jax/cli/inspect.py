@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.cli.options import size
-from qlora_jax.errors import listed, printable
+from qlora_jax.errors import printable
 
 if TYPE_CHECKING:
     from qlora_jax.workflows.description import Description
@@ -45,7 +45,7 @@ def lines(found: "Description") -> Iterator[str]:
     """The report as text: facts, a table of weights, totals."""
     yield f"{found.path}: {found.kind}"
     yield from pairs(found.facts)
-    yield f"weights in {listed(found.files)}"
+    yield f"weights in {in_short(found.files)}"
     if not found.kind.startswith("Orbax"):
         yield f"tokenizer: {', '.join(found.tokenizer) or 'none'}"
     if found.made:
@@ -58,6 +58,11 @@ def lines(found: "Description") -> Iterator[str]:
     yield f"{found.parameters:,} parameters, {size(found.nbytes)}, {bits:.2f} bits each"
     if found.targets:
         yield f"target_modules: {', '.join(found.targets)}"
+
+
+def in_short(files: list[str]) -> str:
+    """One name, or how many and the first and last."""
+    return files[0] if len(files) == 1 else f"{len(files)} files, {files[0]} to {files[-1]}"
 
 
 def pairs(facts: dict[str, Any]) -> Iterator[str]:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             extra_files=files,
             **sharding(args),
         )
-    print(written(args.out, dtype if args.dtype else f"{dtype}, as the base"))
+    print(written(args.out, dtype if args.dtype else f"{dtype} as the base"))
     print(
         f"checked    logits differ from base + adapter by {check.largest:.3g} at most, "
         f"{check.mean:.2g} on average (allowed {check.tolerance:g})"

@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"report     {args.out}/quantization.json, {args.out}/quantization.png")
     found = describe(args.out)
     bits = found.bits_per_parameter
-    print(f"written    {args.out}: {size(found.nbytes)}, {bits:.2f} bits each in all")
+    dense = args.dtype or f"{found.facts['dtype']} as the source"
+    print(
+        f"written    {args.out} ({args.kind}, the rest {dense}): {size(found.nbytes)}, "
+        f"{bits:.2f} bits each in all"
+    )
     if not has_tokenizer:
         print("note       the source has no tokenizer, so the copy has none")

@@ -59,7 +59,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("base", ["model", "model-4bit"])
 def test_merge_keeps_the_bases_dtype(at_home, base):
     out, shown = at_home(f"merge run {{out}} --model {base}")
-    assert "(float32, as the base): " in shown
+    assert "(float32 as the base): " in shown
     assert dtypes(out) == {"float32"}
     config = json.loads((out / "config.json").read_text())
     assert (config["dtype"], config["tie_word_embeddings"]) == ("float32", False)
@@ -94,7 +94,7 @@ def test_quantize_in_shards(at_home):
 
 def test_export_hf(at_home):
     same, shown = at_home("export model {out} --format hf")
-    assert "(hf): " in shown
+    assert "(hf, float32 as the source): " in shown
     assert_same(arrays(same), arrays("model"))
     dense, _ = at_home("export model-4bit {out} --format hf")
     assert dtypes(dense) == {"float32"}
@@ -108,7 +108,7 @@ def test_export_hf(at_home):
 
 def test_export_4bit(at_home):
     out, shown = at_home("export model {out} --format bnb-4bit")
-    assert "(bnb-4bit): " in shown
+    assert "(bnb-4bit, float32 as the source): " in shown
     assert_same(arrays(out), arrays("model-4bit"))
     again, _ = at_home("export model-4bit {out} --format bnb-4bit --shard-size 100KB")
     assert_same(arrays(again), arrays("model-4bit"))
@@ -131,7 +131,7 @@ def test_export_peft(at_home):
 
 def test_export_gguf(at_home):
     out, shown = at_home("export model {out} --format gguf")
-    assert "(gguf): " in shown
+    assert "(gguf, f32 as the source): " in shown
     assert_same(arrays(out), arrays("model"))
     half, _ = at_home("export model {out} --format gguf --dtype float16")
     named, _ = at_home("export model {out} --format gguf --type f16")
