@@ -24,6 +24,7 @@ from tests.checkpoints.torch_writer import (
 from tests.golden_data import golden_folder
 
 LAYERS = 2
+SPECIAL = ["<unk>", "<s>", "</s>"]
 ADAPTED = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (32, 64)}  # (out, in)
 CONFIG = {
     "hidden_size": 32,
@@ -79,6 +80,25 @@ FAMILIES = {
     "phi3": {"hidden_act": "silu", "partial_rotary_factor": 1.0, "rope_theta": 10000.0},
 }
 
+ADAPTER = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "somewhere/model",
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "inference_mode": True,
+    "target_modules": ["q_proj", "down_proj"],
+    "rank_pattern": {"layers.1.mlp.down_proj": 2},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+
 
 def model(folder: Path, family: str = "llama") -> Path:
     """config.json and model.safetensors of a family."""
@@ -126,24 +146,6 @@ def bitsandbytes(folder: Path) -> Path:
 
 def adapter(folder: Path) -> Path:
     """A PEFT adapter of two linears."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "somewhere/model",
-        "r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "target_modules": ["q_proj", "down_proj"],
-        "rank_pattern": {"layers.1.mlp.down_proj": 2},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
     shapes = {}
     for name, (out, width) in ADAPTED.items():
         for layer in range(LAYERS):
@@ -151,22 +153,32 @@ def adapter(folder: Path) -> Path:
             path = f"base_model.model.model.layers.{layer}.{name}"
             shapes |= {f"{path}.lora_A.weight": (rank, width), f"{path}.lora_B.weight": (out, rank)}
     tensors = packed(random_arrays(shapes))
-    return write(folder, {"adapter_config.json": config, "adapter_model.safetensors": tensors})
+    return write(folder, {"adapter_config.json": ADAPTER, "adapter_model.safetensors": tensors})
 
 
 def tokenizer(folder: Path) -> Path:
     """A tokenizer of a few letters."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "ab": 5, "ba": 6}
-    special = [
-        {"id": index, "content": text, "special": True}
-        | dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-        for text, index in list(vocabulary.items())[:3]
-    ]
-    content = {
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": 128,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "{{ messages[0].content }}",
+        "added_tokens_decoder": {str(index): special(text) for index, text in enumerate(SPECIAL)},
+    }
+    return write(folder, {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": config})
+
+
+def tokenizer_json() -> dict[str, Any]:
+    """The object of tokenizer.json."""
+    vocabulary = {text: index for index, text in enumerate([*SPECIAL, "a", "b", "ab", "ba"])}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": special,
+        "added_tokens": [{"id": i, **special(text)} for i, text in enumerate(SPECIAL)],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
         "pre_tokenizer": {"type": "Digits", "individual_digits": True},
         "post_processor": {
@@ -192,21 +204,12 @@ def tokenizer(folder: Path) -> Path:
             "merges": [["a", "b"], ["b", "a"]],
         },
     }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": 128,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": "{{ messages[0].content }}",
-        "added_tokens_decoder": {str(token["id"]): token for token in special},
-    }
-    for token in config["added_tokens_decoder"].values():
-        config["added_tokens_decoder"][str(token["id"])] = {
-            key: value for key, value in token.items() if key != "id"
-        }
-    return write(folder, {"tokenizer.json": content, "tokenizer_config.json": config})
+
+
+def special(text: str) -> dict[str, Any]:
+    """An added token's fields, but its id."""
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return {"content": text, "special": True, **flags}
 
 
 def orbax(folder: Path) -> Path:
