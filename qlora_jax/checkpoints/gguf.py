@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.files import open_regular
 from qlora_jax.checkpoints.gguf_blocks import Block
-from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config
+from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config, refuse_what_is_no_model
 from qlora_jax.checkpoints.gguf_header import Tensor, read_header
 from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, hugging_face_names, split_halves
 from qlora_jax.checkpoints.names import LAYERS, layer_names, split
@@ -48,7 +48,9 @@ class GGUF:
             header = read_header(self.file, self.opened[0], self.where)
             self.tensors, self.metadata = header.tensors, header.metadata
             self.spans = header.spans
-            architecture = Keys(self.metadata, self.where).architecture
+            keys = Keys(self.metadata, self.where)
+            refuse_what_is_no_model(keys)
+            architecture = keys.architecture
             self.row = ARCHITECTURES[architecture]
             self.gguf_names = hugging_face_names(self.tensors, architecture, self.where)
             self.config = self.checked_config()

@@ -88,6 +88,22 @@ class Keys:
         return shortest(value)
 
 
+def refuse_what_is_no_model(keys: Keys) -> None:
+    """An adapter, or one file of several, has a model's architecture too.
+
+    Raises:
+      InputError: GG-KIND, GG-SPLIT.
+    """
+    kind = keys.get("general.type", str, "model")
+    if kind != "model":
+        raise InputError("GG-KIND", keys.where, f"is of the kind {kind!r:.80}", "a model")
+    parts = keys.get("split.count", int, 1)
+    if parts > 1:
+        found = f"is one of {parts} files of a split model"
+        hint = "llama.cpp's llama-gguf-split --merge FIRST_FILE ONE_FILE"
+        raise InputError("GG-SPLIT", keys.where, found, "a model in one file", hint)
+
+
 def hugging_face_config(
     metadata: dict[str, Any],
     weights: Collection[str],

@@ -167,6 +167,8 @@ BAD = [
     ("unknown architecture", "GG-ARCH", with_key("general.architecture", string("mamba"))),
     ("no architecture", "GG-META", with_key("general.architecture", None)),
     ("architecture a number", "GG-META", with_key("general.architecture", u32(1))),
+    ("an adapter", "GG-KIND", with_key("general.type", string("adapter"))),
+    ("one of two files", "GG-SPLIT", with_key("split.count", u32(2))),
     ("no width", "GG-META", with_key("llama.embedding_length", None)),
     ("width 0", "GG-META", with_key("llama.embedding_length", u32(0))),
     ("width a float", "GG-META", with_key("llama.embedding_length", f32(32.0))),
