@@ -25,6 +25,7 @@ KERNELS = "tests/pallas_kernels"
 
 SPOILED = [
     ("adapters/io.npz", "rslora.logits", f"{PEFT}[rslora]"),
+    ("adapters/io.npz", "dora.merged_logits", f"{PEFT}[dora]"),
     (
         "bnb_state/checkpoint/model.safetensors",
         "model.layers.1.mlp.up_proj.weight.absmax",

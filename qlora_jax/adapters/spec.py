@@ -139,6 +139,8 @@ def make_spec(
         chosen = select(targets, paths, f"{where}: target_modules", layers_to_transform, num_layers)
     elif layers_to_transform is not None:
         chosen = {path for path in paths if paths[path][1] in layer_set(layers_to_transform)}
+    if not isinstance(exclude, str):  # lm_head is left out as it is
+        exclude = [name for name in exclude if name not in (*SAVED, *SAVED.values())]
     if exclude:
         chosen -= select(exclude, paths, f"{where}: exclude_modules")
     if not chosen:

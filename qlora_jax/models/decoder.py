@@ -184,7 +184,8 @@ class Decoder(nnx.Module):
             cache,
             dropout_key,
         )
-        logits = matmul(x, self.head(adapter)).astype(jnp.float32)
+        trained = adapter is not None and "lm_head" in adapter.params
+        logits = matmul(x, self.head(adapter), frozen=not trained).astype(jnp.float32)
         if cap := self.config.logit_softcap:
             logits = jnp.tanh(logits / cap) * cap
         return logits if cache is None else (logits, cache)

@@ -46,16 +46,19 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
-def matmul(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor) -> Array:
-    """x W^T with a frozen W: no gradient reaches W, and nothing dense is kept for the backward.
+def matmul(
+    x: Float[Array, "*rows in"], weight: Array | QuantizedTensor, *, frozen: bool = True
+) -> Array:
+    """x W^T; of a frozen W no gradient is known, and nothing dense is kept for the backward.
 
     A dot_general that contracts both last axes: XLA on a CPU computes `x @ w.T` in bfloat16 by
     way of float32 copies of both operands, and this natively.
     """
     if isinstance(weight, QuantizedTensor):
         return nf4_matmul(x, weight.codes, weight.absmax, **stored_as(weight))
-    frozen = jax.lax.stop_gradient(weight.astype(x.dtype))
-    return jax.lax.dot_general(x, frozen, (((x.ndim - 1,), (1,)), ((), ())))
+    weight = weight.astype(x.dtype)
+    own = jax.lax.stop_gradient(weight) if frozen else weight
+    return jax.lax.dot_general(x, own, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def adapted(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor, branch: Branch) -> Array:

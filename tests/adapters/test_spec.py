@@ -43,7 +43,7 @@ def test_targets_by_pefts_rules(targets, targeted):
     assert {name: found.ranks(name) for name in found.targets} == targeted
 
 
-@pytest.mark.parametrize("exclude", [["k_proj", "mlp.up_proj"], r".*(k|up)_proj"])
+@pytest.mark.parametrize("exclude", [["k_proj", "mlp.up_proj", "lm_head"], r".*(k|up)_proj"])
 def test_exclude_wins_over_targets(exclude):
     assert spec(exclude=exclude).targets == (
         *("self_attn.q_proj", "self_attn.o_proj"),

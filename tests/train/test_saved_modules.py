@@ -1,0 +1,45 @@
+"""Modules that are trained in full: the gradients of the loss are those of the logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.init import init_lora
+from qlora_jax.models import Decoder
+from qlora_jax.train.loss import loss_fn
+from qlora_jax.workflows.open import load_model, open_source
+from tests.golden_data import golden_folder
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module", params=["llama_tied", "gemma2"])  # gemma2: soft caps and a scale
+def model(request) -> Decoder:
+    with open_source(golden_folder(f"models/{request.param}")) as source:
+        return load_model(source, quantization=None, dtype="float32")
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_gradients_reach_saved_modules_through_loss_and_logits(model, names):
+    lora = init_lora(model, r=2, key=jax.random.key(0), modules_to_save=names)
+    ids = jnp.arange(5, 5 + 2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH)
+
+    def plain(params):
+        logits = model(ids, adapter=Adapter(params, lora.spec))[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum()
+
+    batch = {"input_ids": ids, "labels": ids}
+    (loss, _), found = jax.value_and_grad(loss_fn, has_aux=True)(
+        lora.params, model, batch, spec=lora.spec
+    )
+    wanted_loss, wanted = jax.value_and_grad(plain)(lora.params)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    for name in names:
+        gradient = wanted[name]["weight"]
+        np.testing.assert_allclose(found[name]["weight"], gradient, rtol=1e-4, atol=1e-5)
+        assert np.abs(gradient).max() > 1e-2
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
