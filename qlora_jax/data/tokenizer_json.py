@@ -172,10 +172,7 @@ def check_component(component: dict[str, Any], where: str) -> None:
         if type(length) is not int or length < 1:
             raise InputError("TOK-PART", where, f"FixedLength of {length!r}", "at least 1")
     elif kind == "Precompiled":
-        try:
-            base64.b64decode(component.get("precompiled_charsmap") or "", validate=True)
-        except (binascii.Error, TypeError, ValueError):
-            raise InputError("TOK-PART", where, "precompiled_charsmap is not base64") from None
+        check_charsmap(component.get("precompiled_charsmap"), where)
     elif kind == "TemplateProcessing":
         known = component.get("special_tokens")
         for piece in objects([component.get("single"), component.get("pair")]):
@@ -183,3 +180,20 @@ def check_component(component: dict[str, Any], where: str) -> None:
             if name is not None and (not isinstance(known, dict) or name not in known):
                 found = f"post_processor names the unknown special token {name!r:.80}"
                 raise InputError("TOK-PART", where, found)
+
+
+def check_charsmap(charsmap: Any, where: str) -> None:
+    """Refuses a table whose reader would panic, or end the process for want of memory.
+
+    bytes of the trie, u32 | the trie, u32 each | UTF-8
+    """
+    try:
+        data = base64.b64decode(charsmap, validate=True)
+        trie = int.from_bytes(data[:4], "little")
+        data[4 + trie :].decode()
+        good = len(data) >= 4 and trie % 4 == 0 and 4 + trie <= len(data)
+    except (binascii.Error, TypeError, ValueError):
+        good = False
+    if not good:
+        found = "precompiled_charsmap is damaged"
+        raise InputError("TOK-PART", where, found, "a table of SentencePiece in base64")
