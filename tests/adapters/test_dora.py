@@ -59,7 +59,7 @@ def bases() -> dict:
     w = normal(3, 24, 128)
     packed = {kind: quantize(w, kind=kind) for kind in ("nf4", "fp4", "int4")}
     flat = {"float32 scales": quantize(w, double_quant=False), "flat": quantize(w, block_size=256)}
-    return {"dense": w, **packed, **flat}
+    return {"dense": w, **packed, **flat, "halves": packed["nf4"].prepack("halves")}
 
 
 def dense(weight) -> jax.Array:
@@ -73,7 +73,7 @@ def test_row_squares_are_those_of_the_dense_matrix(base, strict_promotion):
     np.testing.assert_allclose(row_squares(weight), wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4", "flat"])
+@pytest.mark.parametrize("base", ["dense", "nf4", "flat", "halves"])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_gradients_are_those_of_autodiff(base, rate, strict_promotion):
     weight = bases()[base]
