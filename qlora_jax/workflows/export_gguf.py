@@ -61,7 +61,7 @@ def export_gguf(
         table, extra = weight_table(config), rope_tensors(config)
         shapes = {name: array.shape for name, array in extra.items()} | dict(table.values())
         specs, others = specs_of(shapes, kind)
-        loader = Loader(source, config, None, "float32", progress=progress)
+        loader = Loader(source, config, None, exact_dtype(source), progress=progress)
         tensors = (
             (table[name][0], stored(name, weight, config)) for name, weight in dense_weights(loader)
         )
@@ -126,6 +126,12 @@ def checked_type(asked: str | None, source: Source, choices: dict[str, int]) -> 
     if kind not in choices:
         raise InputError("GG-TYPE", "--type", f"unknown type {asked!r}", listed(choices))
     return kind
+
+
+def exact_dtype(source: Source) -> str:
+    """A dtype that holds all of the source's weights as they are: half of float32, if that does."""
+    found = {source.dtype(name) for name in source.names()}
+    return found.pop() if found in ({"bfloat16"}, {"float16"}) else "float32"
 
 
 def name_of(source: Source) -> str:

@@ -114,6 +114,20 @@ def test_the_type_is_the_sources_own(tmp_path):
         assert types["output_norm.weight"] == "F32"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_kept_bit_for_bit(tmp_path, dtype):
+    dense_checkpoint(golden("gemma2"), tmp_path / "half", dtype=dtype)
+    export_gguf(tmp_path / "half", tmp_path / "out.gguf")
+    with open_source(tmp_path / "half") as half, GGUF(tmp_path / "out.gguf") as written:
+        for name in half.names():
+            read = written.read(name)
+            assert read.dtype.name == ("float32" if read.ndim == 1 else dtype)
+            if read.ndim == 1:  # norms, to which 1 is added in float32
+                np.testing.assert_allclose(read, half.read(name).astype(np.float32), atol=1e-7)
+            else:
+                np.testing.assert_array_equal(read, half.read(name))
+
+
 def test_an_unknown_type_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"GG-TYPE.*unknown type 'q5_k' \(expected f32, f16, q4_0"):
         export_gguf(golden("llama"), tmp_path / "out.gguf", type="q5_k")
