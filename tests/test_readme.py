@@ -1,4 +1,4 @@
-"""README's Python runs as it stands, block after block in one namespace.
+"""README's Python runs as it stands, block after block in one namespace; then its conversions.
 
 Only what a reader would put in is put in: a model of two layers for "path/to/model", a file of
 four conversations for "train.jsonl", two steps for 500 and 64 tokens for 2048.
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qlora_jax.cli.main import main
 from tests.tiny_model import write_tiny_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -30,8 +31,16 @@ def blocks() -> list[str]:
     return code.split("\0")
 
 
+def commands() -> list[list[str]]:
+    """The commands of "From PyTorch and back", on the same model."""
+    section = README.read_text().split("## From PyTorch and back")[1]
+    lines = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    assert all(line.startswith("qlora-jax ") for line in lines)
+    return [line.split("#")[0].replace("MODEL", "tiny").split()[1:] for line in lines]
+
+
 @pytest.mark.slow
-def test_readmes_python_runs(tmp_path, monkeypatch, capsys):
+def test_readmes_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_tiny_model(tmp_path / "tiny")
     with open("train.jsonl", "w") as file:
@@ -53,3 +62,7 @@ def test_readmes_python_runs(tmp_path, monkeypatch, capsys):
     exec(compile(own_loop, "README.md, second block", "exec"), names)
     assert np.isfinite(names["loss"])
     assert any(np.any(pair["B"]) for pair in names["params"].values())
+
+    for arguments in commands():
+        assert main(arguments) == 0, capsys.readouterr().err
+        assert Path(arguments[2]).exists()
