@@ -29,8 +29,9 @@ def save_quantized(
     Appears whole or not at all, and is read again and compared before it does. One weight is in
     memory at a time.
 
-    transformers opens nf4 and fp4 in any block size, since each weight's own JSON names it; int4 is
-    a kind of ours, which only this library opens.
+    transformers opens nf4 and fp4 in any block size, since each weight's own JSON names it; but
+    where blocks do not fill the rows, bitsandbytes 0.50 on a CPU dequantizes wrongly or fails.
+    int4 is a kind of ours, which transformers refuses.
 
     Args:
       plan: Hugging Face name -> what the weight becomes: `Loader.plan`.
