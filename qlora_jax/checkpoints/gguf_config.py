@@ -30,16 +30,14 @@ KNOWN_KEYS = (
     "expert_used_count", "tensor_data_layout",
 )  # fmt: skip
 OWN_KEYS = {
-    "gemma2": (*("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),),
-    "gemma3": (*("attention.sliding_window", "final_logit_softcapping", "rope.freq_base_swa"),),
+    "gemma2": ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3": ("attention.sliding_window", "final_logit_softcapping", "rope.freq_base_swa"),
     "phi3": ("attention.sliding_window", "rope.scaling.attn_factor"),
 }
 # What llama.cpp takes for Gemma 2 where an old file does not say.
 GEMMA2_WINDOW, GEMMA2_SCORES_CAP, GEMMA2_LOGITS_CAP = 4096, 50.0, 30.0
-LARGE_GEMMA = {
-    "gemma2": 46,
-    "gemma3": 62,
-}  # layers of the 27B models, whose scores are scaled apart
+# Layers of the 27B models: llama.cpp scales scores by hidden_size / heads there, not by head_dim.
+LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
 QUERY, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
 
 
@@ -53,7 +51,7 @@ class Keys:
             raise InputError(
                 "GG-ARCH",
                 where,
-                f"unknown architecture {self.architecture!r}",
+                f"unknown architecture {self.architecture!r:.80}",
                 f"one of: {listed(ARCHITECTURES)}",
                 "a safetensors folder of the same model",
             )

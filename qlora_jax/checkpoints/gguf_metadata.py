@@ -7,6 +7,7 @@ is told.
 
 import math
 
+from qlora_jax.checkpoints.gguf_config import LARGE_GEMMA
 from qlora_jax.checkpoints.gguf_tensors import architecture_of
 from qlora_jax.checkpoints.gguf_write import Value
 from qlora_jax.errors import InputError, listed
@@ -29,7 +30,6 @@ BIASED = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen2": ("q_proj", "k_proj", "v_proj"),
 }
-WIDE_SCALE = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models: scaled by another width
 
 
 def model_metadata(
@@ -145,7 +145,7 @@ def refuse_unsayable(config: ModelConfig, architecture: str, where: str) -> None
         found = f"heads are {heads} wide together, which llama.cpp's {architecture} does not read"
         raise InputError("GGOUT-HEADS", where, found, f"hidden_size = {config.hidden_size}")
     width = config.head_dim
-    if WIDE_SCALE.get(architecture) == config.num_hidden_layers:
+    if LARGE_GEMMA.get(architecture) == config.num_hidden_layers:
         width = config.hidden_size // config.num_attention_heads
     if not math.isclose(config.attention_scale, width**-0.5, rel_tol=1e-6):
         found = f"scores are scaled by {config.attention_scale:.6g}"
