@@ -231,6 +231,8 @@ def locate(file: int, record: Record, limit: int, where: str) -> Member:
         found = f"begins at byte {record.start}"
         raise InputError("PT-OVERLAP", where, found, f"an end before byte {limit}", AGAIN)
     head = os.pread(file, length, record.start)
+    if len(head) < length:  # the file was longer a moment ago
+        raise InputError("PT-TRUNCATED", where, "is truncated: its header is cut off", "", AGAIN)
     magic, _, flags, method, _, _, crc, packed, size, name, extra = LOCAL.unpack_from(head)
     unset = (0,) if record.flags & DESCRIPTOR else ()
     agree = (
