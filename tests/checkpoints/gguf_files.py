@@ -78,20 +78,20 @@ class File:
         return head + b"\0" * (-len(head) % self.alignment) + data
 
 
-def weights() -> dict[str, np.ndarray]:
+def weights(width: int = WIDTH) -> dict[str, np.ndarray]:
     """The tiny model's weights by GGUF name, rows in Hugging Face's order."""
     shapes = {
-        "token_embd": (VOCAB, WIDTH),
-        "blk.0.attn_norm": (WIDTH,),
-        "blk.0.attn_q": (HEADS * HEAD, WIDTH),
-        "blk.0.attn_k": (KV_HEADS * HEAD, WIDTH),
-        "blk.0.attn_v": (KV_HEADS * HEAD, WIDTH),
-        "blk.0.attn_output": (WIDTH, HEADS * HEAD),
-        "blk.0.ffn_norm": (WIDTH,),
-        "blk.0.ffn_gate": (INNER, WIDTH),
-        "blk.0.ffn_up": (INNER, WIDTH),
-        "blk.0.ffn_down": (WIDTH, INNER),
-        "output_norm": (WIDTH,),
+        "token_embd": (VOCAB, width),
+        "blk.0.attn_norm": (width,),
+        "blk.0.attn_q": (HEADS * HEAD, width),
+        "blk.0.attn_k": (KV_HEADS * HEAD, width),
+        "blk.0.attn_v": (KV_HEADS * HEAD, width),
+        "blk.0.attn_output": (width, HEADS * HEAD),
+        "blk.0.ffn_norm": (width,),
+        "blk.0.ffn_gate": (INNER, width),
+        "blk.0.ffn_up": (INNER, width),
+        "blk.0.ffn_down": (width, INNER),
+        "output_norm": (width,),
     }
     rng = np.random.default_rng(0)
     return {f"{n}.weight": rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
@@ -106,12 +106,12 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def tiny() -> File:
+def tiny(width: int = WIDTH) -> File:
     file = File(
         keys=[
             ("general.architecture", string("llama")),
             ("llama.context_length", u32(64)),
-            ("llama.embedding_length", u32(WIDTH)),
+            ("llama.embedding_length", u32(width)),
             ("llama.block_count", u32(1)),
             ("llama.feed_forward_length", u32(INNER)),
             ("llama.attention.head_count", u32(HEADS)),
@@ -122,7 +122,7 @@ def tiny() -> File:
             ("tokenizer.ggml.eos_token_id", u32(2)),
         ]
     )
-    for name, values in weights().items():
+    for name, values in weights(width).items():
         heads = {"blk.0.attn_q.weight": HEADS, "blk.0.attn_k.weight": KV_HEADS}.get(name)
         stored = values if heads is None else interleave(values, heads)
         file.put(name, stored, gguf.GGMLQuantizationType.F32)

@@ -77,6 +77,22 @@ def test_an_untied_head_in_every_common_format(opened, name):
     assert source.dtype("lm_head.weight") == read.dtype.name == dtypes.get(name, "float32")
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+def test_a_matrix_of_k_blocks(opened, name):
+    kind, rng = gguf.GGMLQuantizationType[name], np.random.default_rng(0)
+    values, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    packed = rng.integers(0, 256, (VOCAB, 256 // values * nbytes), np.uint8)
+    packed &= 0x7B  # no float16 is NaN or Inf, wherever one is
+    file = tiny(width=256)
+    file.set("llama.attention.key_length", u32(HEAD)).set("llama.attention.value_length", u32(HEAD))
+    file.tensors["output.weight"] = ((256, VOCAB), int(kind), packed.tobytes())
+    source = opened(file)
+    assert source.shape("lm_head.weight") == (VOCAB, 256)
+    read = source.read("lm_head.weight")
+    np.testing.assert_array_equal(read, dequantize(packed, kind))
+    assert len(np.unique(read)) > 100
+
+
 def llama3_factors(factor: float) -> np.ndarray:
     """Llama 3's rule, one frequency at a time, as llama.cpp's converter writes it."""
     factors = []
