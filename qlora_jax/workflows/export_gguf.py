@@ -96,8 +96,8 @@ def export_gguf_lora(
         config = ModelConfig.from_dict(source.config, str(source.path))
     adapter = read_adapter(Path(adapter_path), config)
     check_finite(adapter)
-    name, where = Path(adapter_path).absolute().name, str(adapter_path)
-    metadata, alpha = lora_metadata(adapter.spec, config, name, where)
+    name = name_at(Path(adapter_path))
+    metadata, alpha = lora_metadata(adapter.spec, config, name, str(adapter_path))
     specs = {
         name: (kind.upper(), array.shape) for name, array in lora_tensors(adapter, config, alpha)
     }
@@ -135,9 +135,17 @@ def exact_dtype(source: Source) -> str:
 
 
 def name_of(source: Source) -> str:
-    """What a GGUF file calls its model: its source's name, or the folder's."""
+    """What a GGUF file calls its model: as its source does, or by where that lies."""
     name = source.metadata.get("general.name") if isinstance(source, GGUF) else None
-    return name if isinstance(name, str) else source.path.absolute().name
+    return name if isinstance(name, str) else name_at(source.path)
+
+
+def name_at(path: Path) -> str:
+    """The name of a file or folder; in Hugging Face's cache that of the Hub's id."""
+    path = path.absolute()
+    if path.parent.name == "snapshots":  # models--ORG--NAME/snapshots/REVISION
+        path = Path(path.parent.parent.name.rpartition("--")[2])
+    return path.name.removesuffix(".gguf").encode(errors="replace").decode()
 
 
 def vocabulary_of(source: Source, config: ModelConfig) -> tuple[dict[str, Value], list[str]]:

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 
 import gguf
@@ -144,6 +146,22 @@ def test_a_folders_tokenizer_goes_along(tmp_path):
     assert again("Über 12 Bäume")["input_ids"] == own("Über 12 Bäume")["input_ids"]
     assert again.chat_template == own.chat_template
     assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("My Model-1B", "My Model-1B"),
+        ("models--org--Phi-3-mini/snapshots/0123abcd", "Phi-3-mini"),
+        (b"m\xffdel", "m?del"),  # a name that is no UTF-8
+    ],
+)
+def test_the_name_of_a_model(tmp_path, path, name):
+    folder = tmp_path / os.fsdecode(path)
+    shutil.copytree(golden("llama"), folder)
+    export_gguf(folder, tmp_path / "out.gguf")
+    with GGUF(tmp_path / "out.gguf") as source:
+        assert source.metadata["general.name"] == name
 
 
 def test_a_ggufs_tokenizer_is_kept_byte_for_byte(tmp_path):
