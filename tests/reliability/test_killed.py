@@ -41,42 +41,45 @@ def command(home, name, out):
             *("export", str(adapters / "plain"), str(out), "--format", "peft"),
             *("--model", str(adapters / "base")),
         ],
+        "export gguf": ["export", str(home / "model"), str(out), "--format", "gguf"],
     }[name]
 
 
-def digests(folder):
-    """The content of every file by name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).digest() for p in files}
+def digests(path):
+    """The content of every file in a folder, or of one file, by name."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path): hashlib.sha256(p.read_bytes()).digest() for p in files}
 
 
 def check_kills(run, home, tmp_path, name, moments):
     """Kills at each moment, a share of the steps of a whole run."""
-    whole = run(command(home, name, tmp_path / "whole"))
+    out = "out.gguf" if name == "export gguf" else "out"
+    (tmp_path / "whole").mkdir()
+    whole = run(command(home, name, tmp_path / "whole" / out))
     assert whole.code == 0
-    expected = digests(tmp_path / "whole")
+    expected = digests(tmp_path / "whole" / out)
     for number, moment in enumerate(moments):
         folder = tmp_path / f"kill-{number}"
         folder.mkdir()
-        arguments = command(home, name, folder / "out")
+        arguments = command(home, name, folder / out)
         killed = run(arguments, kill=1 + int(moment * whole.steps))
         assert killed.code == -9
-        if (folder / "out").exists():  # killed between its appearance and the end
-            assert digests(folder / "out") == expected
+        if (folder / out).exists():  # killed between its appearance and the end
+            assert digests(folder / out) == expected
             continue
         assert run(arguments).code == 0
-        assert digests(folder / "out") == expected
-        assert [path.name for path in folder.iterdir()] == ["out"]
+        assert digests(folder / out) == expected
+        assert [path.name for path in folder.iterdir()] == [out]
 
 
-@pytest.mark.parametrize("name", ["quantize", "export hf"])
+@pytest.mark.parametrize("name", ["quantize", "export hf", "export gguf"])
 def test_two_kills(run, home, tmp_path, name):
     check_kills(run, home, tmp_path, name, [0.5, 0.95])
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    "name", ["quantize", "merge", "export hf", "export bnb-4bit", "export peft"]
+    "name", ["quantize", "merge", "export hf", "export bnb-4bit", "export peft", "export gguf"]
 )
 def test_many_kills(run, home, tmp_path, name):
     check_kills(run, home, tmp_path, name, [number / KILLS for number in range(KILLS)])
