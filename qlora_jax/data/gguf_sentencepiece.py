@@ -11,6 +11,7 @@ ones first. So each token gives one merge for every way to cut it into two token
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from qlora_jax.errors import InputError
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE = "▁"  # stands for a space within tokens
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-# Merges are looked for in every cut of every token, so that hostile texts must not be longer.
-MAX_TOKEN, MAX_TEXT = 512, 1 << 23  # characters of one token, of all together
+# Merges are looked for in every cut of every token, which hostile tokens could make long. Gemma's
+# 262,144 tokens have up to 31 characters, 1.5 million in all, and 514,906 merges.
+MAX_TOKEN, MAX_TEXT, MAX_MERGES = 512, 1 << 22, 1 << 21
 
 
 def sentencepiece(
@@ -73,7 +75,7 @@ def merges_of(
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
         raise InputError("TOK-VOCAB", where, "a score is not a finite number")
     tokens = list(vocabulary)
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    normal = {token: token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     longest, together = max(map(len, normal), default=0), sum(map(len, normal))
     if longest > MAX_TOKEN or together > MAX_TEXT:
         found = f"a token of {longest} characters, {together} in all"
@@ -84,12 +86,16 @@ def merges_of(
             found = f"the unused token {token!r:.80} could arise from others"
             raise InputError("TOK-TYPE", where, found, "unused tokens that only fill up ids")
     best_first = sorted(normal, key=lambda token: (-scores[vocabulary[token]], vocabulary[token]))
-    return [cut for token in best_first for cut in cuts(token, normal)]
+    every = (cut for token in best_first for cut in cuts(token, normal))
+    merges = list(islice(every, MAX_MERGES + 1))
+    if len(merges) > MAX_MERGES:
+        raise InputError("TOK-VOCAB", where, f"more than {MAX_MERGES} merges arise from its tokens")
+    return merges
 
 
-def cuts(token: str, known: set[str]) -> Iterator[tuple[str, str]]:
-    """Every way to cut `token` into two that are known."""
+def cuts(token: str, known: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Every way to cut `token` into two that are known, as the strings of `known`: no copies."""
     for at in range(1, len(token)):
-        left, right = token[:at], token[at:]
-        if left in known and right in known:
+        left, right = known.get(token[:at]), known.get(token[at:])
+        if left is not None and right is not None:
             yield left, right

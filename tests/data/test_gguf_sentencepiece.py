@@ -1,10 +1,12 @@
 """SentencePiece vocabularies in GGUF; expected pieces are those of the sentencepiece library."""
 
+import itertools
 import time
 import tracemalloc
 
 import pytest
 
+from qlora_jax.data import gguf_sentencepiece as module
 from qlora_jax.data.gguf_sentencepiece import BYTES
 from qlora_jax.data.gguf_tokenizer import gguf_tokenizer
 from qlora_jax.data.tokenizer import load_tokenizer
@@ -143,15 +145,30 @@ def test_tokens_that_only_fill_up_ids_are_allowed():
     assert gguf_tokenizer(keys, "x.gguf").encode("the").tokens == ["▁the"]
 
 
-def test_texts_made_to_cost_time_are_refused_at_once():
-    keys, more = metadata(), [f"{i:x}" * 100 for i in range(1 << 15)]
-    keys["tokenizer.ggml.tokens"] += more
-    keys["tokenizer.ggml.token_type"] += [1] * len(more)
-    keys["tokenizer.ggml.scores"] += [0.0] * len(more)
+def with_tokens(more: list[str]) -> dict:
+    keys = metadata()
+    for key, values in (("tokens", more), ("token_type", [1]), ("scores", [0.0])):
+        keys[f"tokenizer.ggml.{key}"] += values if key == "tokens" else values * len(more)
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ([f"{i:x}" * 100 for i in range(1 << 14)], r"a token of 400 characters, \d+ in all"),
+        (
+            ["".join(w) for n in range(1, 11) for w in itertools.product("xy", repeat=n)],
+            "more than 1000 merges",
+        ),
+    ],
+)
+def test_tokens_made_to_cost_time_and_memory_are_refused(monkeypatch, more, found):
+    monkeypatch.setattr(module, "MAX_MERGES", 1000)
+    keys = with_tokens(more)
     tracemalloc.start()
     start = time.process_time()
-    with pytest.raises(InputError, match="characters"):
+    with pytest.raises(InputError, match=found):
         gguf_tokenizer(keys, "x.gguf")
     assert time.process_time() - start < 2
-    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
     tracemalloc.stop()
