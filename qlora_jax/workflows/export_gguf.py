@@ -161,6 +161,7 @@ def vocabulary_of(source: Source, config: ModelConfig) -> tuple[dict[str, Value]
         "eos": next(iter(config.eos_token_ids), None),
         "padding": config.pad_token_id,
     }
-    keys = {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
+    named = {role: i for role, i in ids.items() if i is not None and 0 <= i < config.vocab_size}
+    keys = {f"tokenizer.ggml.{role}_token_id": index for role, index in named.items()}
     note = "the source has no tokenizer, so the file has none: llama.cpp takes token ids alone"
     return {"tokenizer.ggml.model": "none", **keys}, [note]

@@ -191,6 +191,19 @@ def test_the_ids_of_config_json_stay_without_a_tokenizer(tmp_path):
     }
 
 
+def test_an_id_that_means_none_is_left_out(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(golden("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    ids = {"bos_token_id": -1, "pad_token_id": None, "eos_token_id": [2, 3]}
+    (folder / "config.json").write_text(json.dumps(config | ids))
+    export_gguf(folder, tmp_path / "out.gguf")
+    with GGUF(tmp_path / "out.gguf") as source:
+        found = {key for key in source.metadata if key.endswith("_token_id")}
+        assert found == {"tokenizer.ggml.eos_token_id"}
+        assert source.metadata["tokenizer.ggml.eos_token_id"] == 2
+
+
 def test_a_file_without_tokenizer_stays_one(tmp_path):
     """As GGUF again, and as a folder."""
     export_gguf(golden("llama"), tmp_path / "one.gguf")
