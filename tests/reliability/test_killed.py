@@ -11,6 +11,7 @@ from tests.golden_data import golden_folder
 from tests.reliability.killing import Killer
 from tests.tiny_model import write_tiny_model
 
+RULE = "R14"
 KILLS = 8  # of each command
 
 
