@@ -262,6 +262,8 @@ def refuse_saved(targets: str | Sequence[str], where: str) -> None:
 
 def check_saved(names: Sequence[str], where: str) -> None:
     """Refuses modules that cannot be trained in full."""
+    if isinstance(names, str):
+        raise InputError("LORA-MODULES", where, f"the text {names!r}", f"a list: [{names!r}]")
     for name in names:
         if name not in SAVED:
             found = f"{name!r} cannot be trained in full"

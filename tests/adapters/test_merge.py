@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.init import init_lora
-from qlora_jax.adapters.merge import merge_weight, merged_weights
+from qlora_jax.adapters.merge import merge_weight, merged_config, merged_weights
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
 from tests.adapters.small_model import SHAPES, SmallModel
@@ -37,6 +39,13 @@ def dense_model() -> SmallModel:
     held["model.embed_tokens.weight"] = jnp.float32(random.normal(size=(9, 8)))
     held["model.layers.input_layernorm.weight"] = jnp.ones((LAYERS, 8))
     return SmallModel(held)
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedConfig:
+    """What `merged_config` asks of a configuration."""
+
+    tie_word_embeddings: bool = True
 
 
 def by_layer(model: SmallModel) -> dict[str, np.ndarray]:
@@ -83,6 +92,47 @@ def test_every_weight_comes_out_once_and_only_targets_change():
             assert np.abs(array - before[name]).max() > 0.1
         else:
             np.testing.assert_array_equal(array, before[name])
+
+
+def test_doras_rows_have_the_lengths_that_were_trained():
+    model = dense_model()
+    fresh = init_lora(model, r=2, targets=["q_proj"], use_dora=True, key=jax.random.key(0))
+    pair = trained(fresh).params[Q]
+    lora = Adapter({Q: pair | {"m": pair["m"] * jnp.linspace(-1, 2, 16)}}, fresh.spec)
+    before, after = by_layer(model), dict(merged_weights(model, lora))
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}.{Q}.weight"
+        plain = expected(before[name], lora, Q, layer)
+        wanted = lora.params[Q]["m"][layer][:, None] * plain
+        wanted = wanted / np.linalg.norm(plain, axis=1, keepdims=True)
+        np.testing.assert_allclose(after[name], wanted, rtol=MERGE_RTOL, atol=MERGE_ATOL)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_saved_modules_replace_the_bases(tied, names):
+    model = dense_model()
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not tied:
+        model.held[head] = jnp.ones((9, 8))
+    fresh = init_lora(model, r=2, modules_to_save=names, key=jax.random.key(0))
+    moved = {name: {"weight": fresh.params[name]["weight"] + 1} for name in names}
+    lora = Adapter(fresh.params | moved, fresh.spec)
+    source = Original(by_layer(model))
+    for how in ({}, {"base": "original", "source": source}):
+        after = dict(merged_weights(model, lora, **how))
+        assert after.keys() == by_layer(model).keys() | {head}
+        for module, name in (("embed_tokens", embedding), ("lm_head", head)):
+            wanted = model.held.get(name, model.held[embedding])
+            np.testing.assert_array_equal(after[name], wanted + (module in names))
+    assert (head in source.asked) == (not tied and "lm_head" not in names)
+
+
+def test_only_saved_modules_untie_a_model():
+    tied = TiedConfig()
+    saved = init_lora(dense_model(), r=2, modules_to_save=["lm_head"], key=jax.random.key(0))
+    assert merged_config(tied, saved) == TiedConfig(tie_word_embeddings=False)
+    assert merged_config(tied, new_adapter(r=2)) is tied
 
 
 def test_a_4_bit_base_is_merged_as_the_model_computes_with_it():

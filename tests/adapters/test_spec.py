@@ -115,6 +115,7 @@ def test_a_short_name_that_two_linears_share_is_saved_longer():
         ({"targets": ["q_proj", "lm_head"]}, "LORA-TARGETS", "lm_head has no A and B here"),
         ({"targets": ".*embed.*|.*q_proj"}, "LORA-TARGETS", r"modules_to_save=\[embed_tokens\]"),
         ({"modules_to_save": ["lm_haed"]}, "LORA-MODULES", "cannot be .* did you mean lm_head"),
+        ({"modules_to_save": "lm_head"}, "LORA-MODULES", r"a list: \['lm_head'\]"),
         ({"modules_to_save": ["norm"]}, "LORA-MODULES", "'norm'.*some of lm_head, embed_tokens"),
         ({"targets": []}, "LORA-TARGETS", "self_attn.q_proj, self_attn.k_proj"),
         ({"targets": r"layers\.0.*"}, "LORA-TARGETS", "matches no module path"),
