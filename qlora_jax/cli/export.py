@@ -199,12 +199,13 @@ def export_peft(args: argparse.Namespace) -> list[str]:
     """An adapter as PEFT's folder."""
     from qlora_jax.checkpoints import peft
     from qlora_jax.workflows.companions import companions, has_tokenizer
+    from qlora_jax.workflows.hub import repository
 
     files = companions(args.path)
     peft.save_adapter(
         args.out,
         read_adapter(args),
-        base_model_name=args.model,
+        base_model_name=repository(args.model),
         extra=peft.read_extra(args.path),
         extra_files={name: path.read_bytes() for name, path in files.items()},
     )

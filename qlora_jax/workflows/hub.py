@@ -64,6 +64,20 @@ def hub_id(path: str | Path) -> HubId | None:
     return HubId(*match.groups())
 
 
+def why_missing(path: str | Path) -> str:
+    """What to do about a path that is not there."""
+    home = str(path).split("/")[0]
+    if isinstance(path, str) and ID.fullmatch(path) and os.path.isdir(home):
+        return f"check the path: {home}/ is a folder here, so this is no id of the Hub"
+    return "check the path"
+
+
+def repository(path: str | None) -> str | None:
+    """An id without its revision, which PEFT has no place for in a name; a path as it is."""
+    wanted = None if path is None else hub_id(path)
+    return path if wanted is None else wanted.id
+
+
 def local_path(path: str | Path) -> Path:
     """`path` as it is, or for a Hub id the folder of its snapshot, downloaded if need be.
 

@@ -11,7 +11,7 @@ from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
 from qlora_jax.quantization.policy import QuantizationConfig
-from qlora_jax.workflows.hub import local_path
+from qlora_jax.workflows.hub import local_path, why_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,7 +25,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
       InputError: nothing is there, or what is there is neither; HUB-... as in workflows/hub.py.
     """
-    path = local_path(path)
+    given, path = path, local_path(path)
     if path.is_dir():
         return Shards(path)
     if path.suffix == ".gguf" and path.exists():
@@ -43,7 +43,7 @@ def open_source(path: str | Path) -> Source:
         path,
         "missing: no such folder or file",
         "a Hugging Face folder, a .gguf file, or an id of the Hub such as Qwen/Qwen3-0.6B",
-        "check the path",
+        why_missing(given),
     )
 
 

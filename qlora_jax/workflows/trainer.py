@@ -35,6 +35,7 @@ from qlora_jax.train.step import accumulate, finish, gradients
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.batches import BatchSource
 from qlora_jax.workflows.header import header
+from qlora_jax.workflows.hub import repository
 from qlora_jax.workflows.recorder import Recorder
 from qlora_jax.workflows.run_folder import RunFolder, refuse_small_disk, write_json
 from qlora_jax.workflows.run_state import Counters, Identity, RunState, restore, save
@@ -356,7 +357,7 @@ class Trainer:
             self.adapter(state),
             self.model,
             self.tokenizer,
-            base_model_name=self.config.model,
+            base_model_name=repository(self.config.model),
             extra={"step": state.counters.step},
             replace=True,
         )

@@ -247,6 +247,14 @@ def test_what_is_here_wins(fake, tmp_path):
         assert source.path == Path(TINY)
     # A folder of that name is here: this is a misspelled path, not a stranger's model.
     assert hub.hub_id("someone/tyni") is None
+    with pytest.raises(InputError, match="someone/ is a folder here"):
+        open_source("someone/tyni")
+
+
+def test_an_adapter_names_the_repository(fake):
+    assert hub.repository(f"{TINY}@v1") == TINY
+    assert hub.repository("some/where/else@v1") == "some/where/else@v1"
+    assert hub.repository(None) is None
 
 
 @pytest.mark.parametrize(
