@@ -47,7 +47,7 @@ def export_gguf(
       What is to be said about the file: what llama.cpp computes otherwise, what has another format.
 
     Raises:
-      InputError: OUT-EXISTS, GG-SUFFIX, GG-TYPE, GG-RANGE, GGOUT-..., TOK-GGUF, and what is wrong
+      InputError: OUT-EXISTS, GG-SUFFIX, GGOUT-TYPE, GG-RANGE, GGOUT-..., TOK-GGUF, and what is wrong
         with the files of `path`.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
@@ -84,14 +84,14 @@ def export_gguf_lora(
       What is to be said about the file.
 
     Raises:
-      InputError: OUT-EXISTS, GG-SUFFIX, GG-TYPE, GG-RANGE, GGOUT-LORA, GGOUT-DORA, GGOUT-SAVED,
+      InputError: OUT-EXISTS, GG-SUFFIX, GGOUT-TYPE, GG-RANGE, GGOUT-LORA, GGOUT-DORA, GGOUT-SAVED,
         LORA-FINITE, and what is wrong with the files.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
     refuse_taken(out)
     kind = "f32" if type is None else type
     if kind not in ADAPTER_TYPES:
-        raise InputError("GG-TYPE", "--type", f"unknown type {type!r}", listed(ADAPTER_TYPES))
+        raise InputError("GGOUT-TYPE", "--type", f"unknown type {type!r}", listed(ADAPTER_TYPES))
     with open_source(model_path) as source:
         config = ModelConfig.from_dict(source.config, str(source.path))
     adapter = read_adapter(Path(adapter_path), config)
@@ -124,7 +124,7 @@ def checked_type(asked: str | None, source: Source, choices: dict[str, int]) -> 
     """The type that was asked for, or the source's own."""
     kind = TYPES[source_dtype(source)] if asked is None else asked
     if kind not in choices:
-        raise InputError("GG-TYPE", "--type", f"unknown type {asked!r}", listed(choices))
+        raise InputError("GGOUT-TYPE", "--type", f"unknown type {asked!r}", listed(choices))
     return kind
 
 

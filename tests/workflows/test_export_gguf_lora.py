@@ -190,7 +190,7 @@ def test_what_llama_cpp_has_no_file_for_is_refused_with_a_way_out(tmp_path, name
 
 def test_other_types_and_places_are_refused(tmp_path):
     plain = golden_folder("adapters/plain")
-    with pytest.raises(InputError, match=r"GG-TYPE.*'q8_0' \(expected f32, f16, bf16\)"):
+    with pytest.raises(InputError, match=r"GGOUT-TYPE.*'q8_0' \(expected f32, f16, bf16\)"):
         export_gguf_lora(plain, tmp_path / "out.gguf", BASE, type="q8_0")
     with pytest.raises(InputError, match="GG-SUFFIX"):
         export_gguf_lora(plain, tmp_path / "out", BASE)
