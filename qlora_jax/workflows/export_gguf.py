@@ -47,7 +47,7 @@ def export_gguf(
       What is to be said about the file: what llama.cpp computes otherwise, what has another format.
 
     Raises:
-      InputError: OUT-EXISTS, GG-SUFFIX, GGOUT-TYPE, GG-RANGE, GGOUT-..., TOK-GGUF, and what is wrong
+      InputError: OUT-EXISTS, GG-SUFFIX, GG-RANGE, GGOUT-..., TOK-GGUF, and what is wrong
         with the files of `path`.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
