@@ -148,7 +148,7 @@ def storage(args: argparse.Namespace, is_adapter: bool) -> str:
     from qlora_jax.workflows.open import open_source
 
     if is_adapter or args.type or args.dtype:
-        asked = args.type or args.dtype
+        asked = gguf_type(args) if args.format == "gguf" else args.type or args.dtype
         return f", {asked}" if asked else ""
     with open_source(args.path) as source:
         dtype = source_dtype(source)

@@ -1,6 +1,6 @@
 """Writes a model as a 4-bit checkpoint in bitsandbytes' format, which opens in seconds.
 
-The folder also opens in transformers. Nothing is ever overwritten.
+The folder also opens in transformers, unless the kind is int4. Nothing is ever overwritten.
 """
 
 import argparse
@@ -61,5 +61,7 @@ def run(args: argparse.Namespace) -> None:
         f"written    {args.out} ({args.kind}, the rest {dense}): {size(found.nbytes)}, "
         f"{bits:.2f} bits each in all"
     )
+    if args.kind == "int4":
+        print("note       int4 is read here alone: bitsandbytes and transformers know nf4 and fp4")
     if not has_tokenizer:
         print("note       the source has no tokenizer, so the copy has none")

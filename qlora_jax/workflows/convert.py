@@ -97,11 +97,17 @@ def bnb_checkpoint(
 
     Returns:
       Whether a tokenizer was copied.
+
+    Raises:
+      InputError: as `quantize_checkpoint`, and W4-INT4 for a source that bitsandbytes cannot read.
     """
     refuse_taken(out)
     with open_source(path) as source:
         how = None if is_4bit(source.config, str(path)) else QuantizationConfig()
         loader = opened(source, how, dtype, progress=progress)
+        if any(state.kind == "int4" for state in loader.states.values()):
+            found, hint = "holds int4, which bitsandbytes does not read", "--format hf"
+            raise InputError("W4-INT4", path, found, "nf4 or fp4", hint)
         files = companions_of(source)
         save_quantized(
             loader.plan(),

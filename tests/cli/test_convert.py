@@ -119,6 +119,16 @@ def test_export_4bit(at_home):
     assert NO_TOKENIZER in shown
 
 
+def test_int4_is_ours_alone(at_home, capsys):
+    out, shown = at_home("quantize model {out} --kind int4")
+    assert "int4 is read here alone" in shown
+    assert main(["export", str(out), "never", "--format", "bnb-4bit"]) == 2
+    assert capsys.readouterr().err.startswith("error[W4-INT4]")
+    assert not Path("never").exists()
+    dense, _ = at_home(f"export {out} {{out}} --format hf")
+    assert describe(dense).kind == "model"
+
+
 def test_export_peft(at_home):
     out, _ = at_home("export run {out} --format peft --model model")
     for name in ("adapter_model.safetensors", "tokenizer.json", "qlora_jax.json"):
