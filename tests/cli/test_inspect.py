@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from qlora_jax.cli.main import main
 from qlora_jax.workflows.describe import describe
 from tests.checkpoints.torch_writer import torch_bytes
+from tests.cli.converted import write_home
 from tests.golden_data import golden_folder
 
 LINEARS = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)  # two layers
@@ -87,6 +88,103 @@ def test_what_is_printed(capsys):
     assert found["parameters"] == LINEARS + REST
     assert found["bits_per_parameter"] == 32
     assert found["weights"][0]["shape"] == [256, 64]
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "linears"),
+    [("gemma3", True, 7), ("phi3", False, 4), ("qwen3", True, 7), ("mistral", False, 7)],
+)
+def test_a_model_of_every_kind(family, tied, linears, capsys):
+    assert main(["inspect", str(golden_folder(f"models/{family}"))]) == 0
+    shown = capsys.readouterr().out
+    facts = " ".join(shown.split("weights in")[0].split())
+    assert f"tie_word_embeddings {tied}" in facts
+    assert "dtype float32" in facts
+    assert "weights in model.safetensors\ntokenizer: none\n" in shown
+    assert len(shown.split("target_modules: ")[1].split(", ")) == linears
+
+
+def test_a_folder_of_pytorch(tmp_path, capsys):
+    source = golden_folder("models/llama")
+    shutil.copy(source / "config.json", tmp_path)
+    arrays = load_file(source / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(torch_bytes(arrays))
+    found, expected = describe(tmp_path), describe(source)
+    assert found.files == ["pytorch_model.bin"]
+    assert found.weights == expected.weights
+    assert main(["quantize", str(tmp_path), str(tmp_path / "packed")]) == 0
+    assert main(["quantize", str(source), str(tmp_path / "same")]) == 0
+    packed, same = (tmp_path / name / "model.safetensors" for name in ("packed", "same"))
+    assert packed.read_bytes() == same.read_bytes()
+
+
+def test_shards_are_counted(tmp_path, capsys):
+    source = str(golden_folder("models/llama"))
+    arguments = ["--format", "hf", "--shard-size", "100KB"]
+    assert main(["export", source, str(tmp_path / "out"), *arguments]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    first, last = (f"model-0000{n}-of-00005.safetensors" for n in (1, 5))
+    assert f"weights in 5 files, {first} to {last}\n" in shown
+
+
+def test_adapters_of_every_kind(capsys):
+    assert main(["inspect", str(golden_folder("adapters/dora"))]) == 0
+    shown = capsys.readouterr().out
+    assert "use_dora True" in shown
+    row = [
+        *[
+            "model.layers.mlp.up_proj.lora_magnitude_vector",
+            "2",
+            "128",
+            "float32",
+            "32.00",
+            "1.02",
+            "kB",
+        ]
+    ]
+    assert row in [line.split() for line in shown.splitlines()]
+    assert main(["inspect", str(golden_folder("adapters/modules_to_save"))]) == 0
+    shown = capsys.readouterr().out
+    assert "modules_to_save lm_head" in shown
+    assert "lm_head" not in shown.split("target_modules: ")[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return write_home(tmp_path_factory.mktemp("home"))
+
+
+def test_where_an_adapter_comes_from(home, capsys):
+    assert main(["inspect", str(home / "run")]) == 0
+    shown = capsys.readouterr().out
+    facts = json.loads((home / "run" / "qlora_jax.json").read_text())
+    assert f"qlora_jax.json:\n  base: {facts['base']}\n" in shown
+    assert "  quantization: block_size=64 double_quant=True kind=nf4\n" in shown
+    assert "tokenizer: tokenizer.json, " in shown
+
+
+def test_orbax(home, tmp_path):
+    adapter, model = describe(home / "orbax-run"), describe(home / "orbax-model")
+    assert adapter.parameters == describe(home / "run").parameters
+    assert sorted(adapter.targets) == sorted(describe(home / "run").targets)
+    assert (adapter.facts["r"], adapter.facts["use_dora"]) == (4, False)
+    expected = {weight.name: weight for weight in describe(home / "model").weights}
+    assert {weight.name: weight for weight in model.weights} == expected
+    assert main(["export", str(home / "model-4bit"), str(tmp_path / "o"), "--format", "orbax"]) == 0
+    packed = {weight.name: weight for weight in describe(tmp_path / "o").weights}
+    up = packed["model.layers.mlp.up_proj.weight"]
+    assert (up.layers, up.shape, up.stored) == (2, (128, 64), "nf4, block 64, 8-bit scales")
+    assert up.nbytes == 2 * (128 * 64 // 2 + 128 + 4 + 4)  # codes, scales, their scale, its offset
+
+
+def test_a_damaged_manifest_is_named(home, tmp_path, capsys):
+    shutil.copytree(home / "orbax-run", tmp_path / "run")
+    path = tmp_path / "run" / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"lora_alpha", b"lora_alphb"))
+    assert main(["inspect", str(tmp_path / "run")]) == 5
+    assert capsys.readouterr().err.startswith("error[ORB-MANIFEST]")
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])
