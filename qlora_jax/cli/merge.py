@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="dequantized: the weights that were trained on; original: what others merge into, "
         "which changes answers",
     )
-    dtype_argument(parser, "the merged weights")
+    dtype_argument(parser, "the merged weights", whose="base")
     shard_argument(parser)
     parser.add_argument(
         "--tolerance",

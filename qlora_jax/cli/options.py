@@ -51,9 +51,9 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def dtype_argument(parser: argparse.ArgumentParser, what: str) -> None:
+def dtype_argument(parser: argparse.ArgumentParser, what: str, whose: str = "source") -> None:
     """--dtype of what is written; None is the source's own."""
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of {what} (default: the source's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of {what} (default: the {whose}'s own)")
 
 
 def shard_argument(parser: argparse.ArgumentParser) -> None:
