@@ -156,7 +156,7 @@ def answer_or_error(environment: Environment, request: dict, known: dict) -> dic
         return answer(known[source], request["calls"])
     except Exception as error:
         kind = next((name for name, classes in KINDS if isinstance(error, classes)), "failed")
-        return {"error": kind, "message": f"{error or type(error).__name__}"[:500]}
+        return {"error": kind, "message": (str(error) or type(error).__name__)[:500]}
 
 
 KINDS = (

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES
+
 from tests.checkpoints.gguf_files import File, text
 from tests.checkpoints.torch_writer import Member, zip_of
 from tests.checkpoints.torch_writer import number as pickle_number
@@ -30,7 +32,6 @@ RAW = (
     "NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 200 + "]" * 200, "{}}", "tru", "'a'",
     "[1,]", '{"a":1,"a":1}', "0x10", "+1", "01", ".5", '"\n"', '"\\ud800"', "/**/1", "",
 )  # fmt: skip
-HALVES = 16 * 32  # numbers of a float16 tensor that claims to be bfloat16: both have 2 bytes
 LARGEST = 64 * 32  # numbers of the tiny model's largest tensor
 INSTRUCTIONS = (
     *(bytes([code]) for code in b"(.0123FINSTVXcbdeghijlopqrstu)]}"),
@@ -246,13 +247,15 @@ def gguf(make: Callable[[], File], rng: Random) -> Mutated:
             file.doubled = name
         elif act == "payload":
             payload = payload[: rng.randrange(len(payload) - 32)]  # more than padding makes up
+        sizes = [GGML_QUANT_SIZES.get(k) for k in (file.tensors[name][1], kind)]
+        alike = act == "kind" and sizes[0] == sizes[1]  # Q4_0 and IQ4_NL: nothing else tells them
         file.tensors[name] = dims, kind, payload
         if act == "name":
             other = rng.choice(("", "x" * 64, "blk.9.attn_q.weight", "../x", name + "\0"))
             file.tensors = {(other if n == name else n): t for n, t in file.tensors.items()}
         elif act == "remove":
             del file.tensors[name]
-        return file.tobytes(), HALVES if act == "kind" and kind in (1, 30) else 0
+        return file.tobytes(), LARGEST if alike else 0
 
     return one_of(
         rng,
