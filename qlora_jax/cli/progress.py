@@ -49,13 +49,18 @@ def shown(
     if not console.is_terminal:
         yield rows(console, label, amount)
         return
-    with drawn(console, *columns, transient=True) as progress:
-        task = progress.add_task(label, total=None)
+    progress, tasks = drawn(console, *columns, transient=True), []
 
-        def update(done: int, of: int, name: str = "") -> None:
-            progress.update(task, completed=done, total=of)
+    def update(done: int, of: int, name: str = "") -> None:
+        if not tasks:  # only now: a download may come first, and has a bar of its own
+            progress.start()
+            tasks.append(progress.add_task(label))
+        progress.update(tasks[0], completed=done, total=of)
 
+    try:
         yield update
+    finally:
+        progress.stop()
 
 
 def rows(console: Console, label: str, amount: Callable[[int, int, float], str]) -> Update:
