@@ -40,7 +40,8 @@ FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 MAP_ATOL = 1e-6  # bitsandbytes calls states with maps this close equal
 U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
-STORAGES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # dtype of codes: bytes
+# Dtypes in which transformers lets codes be stored, and their bytes.
+STORAGES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 UNKNOWN = math.nan  # the offset of scales that are not made yet
 LONGEST = -2.2250738585072014e-308  # no float has more letters
 
@@ -115,9 +116,9 @@ def is_4bit(config: Mapping[str, Any], where: str) -> bool:
     found = config.get("quantization_config")
     if found is None:
         return False
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if method != "bitsandbytes" or found.get("load_in_4bit") is not True:
-        text = f"quantization_config has quant_method {method!r}"
+    fields = found if isinstance(found, dict) else {}
+    if fields.get("quant_method") != "bitsandbytes" or fields.get("load_in_4bit") is not True:
+        text = f"quantization_config has quant_method {fields.get('quant_method', found)!r:.80}"
         hint = "the unquantized model, which is quantized as it is loaded"
         raise InputError("W4-METHOD", where, text, "bitsandbytes with load_in_4bit", hint)
     return True
@@ -173,7 +174,8 @@ def read_state(source: Shards, name: str, keys: set[str], names: set[str]) -> Qu
     size = STORAGES.get(stored)
     if not size or nbytes % size or shape != (nbytes // size, 1):
         text = f"weight is {stored} of shape {shape}"
-        raise wrong("W4-SHAPE", where, text, f"uint8 of shape {(nbytes, 1)}, or the same bytes")
+        expected = f"uint8 of shape {(nbytes, 1)}, or its bytes as one of {listed(STORAGES)}"
+        raise wrong("W4-SHAPE", where, text, expected)
     for suffix, (dtype, shape) in specs.items():
         tensor = f"{name}.{suffix}"
         if (source.dtype(tensor), source.shape(tensor)) != (dtype.name, shape):

@@ -21,7 +21,14 @@ from qlora_jax.checkpoints.bnb4bit import (
     read_states,
 )
 from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
-from qlora_jax.checkpoints.names import LAYERS, TIED, hugging_face_names, name_table, split
+from qlora_jax.checkpoints.names import (
+    EMBEDDINGS,
+    LAYERS,
+    TIED,
+    hugging_face_names,
+    name_table,
+    split,
+)
 from qlora_jax.checkpoints.safetensors_header import Spec
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
@@ -29,8 +36,6 @@ from qlora_jax.models.families import weight_shapes
 from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
-
-EMBEDDINGS = "model.embed_tokens.weight"
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 OnWeight = Callable[[str, np.ndarray, QuantizedTensor], None]

@@ -13,7 +13,7 @@ LAYERS = "model.layers."
 NUMBERED = re.compile(r"model\.layers\.(\d{1,9})\.(.+)", re.ASCII)
 # Buffers that old checkpoints carry and config.json gives: never read.
 HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias)")
-TIED = "lm_head.weight"
+EMBEDDINGS, TIED = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def split(name: str) -> tuple[str, int | None]:

@@ -238,10 +238,10 @@ BAD = {
         "absmax is float32",
     ),
     "codes cut": (replace(NAME, lambda c: c[:-1].copy()), "W4-SHAPE", "of shape (4095, 1)"),
-    "codes signed": (
-        replace(NAME, lambda c: c.view(np.int8)),
+    "codes of 16 bits": (
+        replace(NAME, lambda c: stored_as(c, np.int16)),
         "W4-SHAPE",
-        "weight is int8 of shape (4096, 1) (expected uint8 of shape (4096, 1), or the same bytes)",
+        "weight is int16 of shape (2048, 1) (expected uint8 of shape (4096, 1), or its bytes as",
     ),
     "codes cut in another storage": (
         replace(NAME, lambda c: stored_as(c, np.float32)[:-1].copy()),
@@ -346,7 +346,9 @@ def test_is_never_quantized_again(asked):
         load(folder, asked)
 
 
-@pytest.mark.parametrize("storage", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize(
+    "storage", [np.int8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+)
 def test_codes_may_be_stored_as_another_dtype(tmp_path, storage):
     golden = golden_folder("bnb_state") / "checkpoint"
     folder = tmp_path / "model"

@@ -187,6 +187,7 @@ BAD = {
         "W4-METHOD",
         "quant_method 'gptq'",
     ),
+    "method alone": (None, {"quantization_config": "bitsandbytes"}, "W4-METHOD", "'bitsandbytes'"),
     "8 bits": (
         None,
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},

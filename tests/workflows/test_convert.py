@@ -69,6 +69,15 @@ def test_what_bitsandbytes_wrote_answers_as_it_does():
         golden.compare("logits", logits, atol=LOGITS_ATOL, where=mask)
 
 
+def test_a_quantization_config_that_is_null_is_none(tmp_path):
+    shutil.copytree(DENSE, tmp_path / "dense")
+    config = json.loads((DENSE / "config.json").read_text()) | {"quantization_config": None}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    bnb_checkpoint(tmp_path / "dense", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == json.loads((PACKED / "config.json").read_text())
+
+
 @pytest.mark.parametrize("origin", [DENSE, PACKED])
 def test_bitsandbytes_folder_is_that_of_bitsandbytes(tmp_path, origin):
     assert bnb_checkpoint(origin, tmp_path / "out") is False
