@@ -17,7 +17,6 @@ from qlora_jax.models.families import has_bias, linear_shapes
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 QUANTIZATION_VERSION = 2  # of the block formats
 
-PATTERNS = {"gemma2": 2, "gemma3": 6}  # each n-th layer has no window; others have windows nowhere
 ROPE_RULES = {
     "llama": ("default", "linear", "dynamic", "yarn", "llama3"),
     "qwen2": ("default", "linear", "dynamic", "yarn"),
@@ -61,7 +60,7 @@ def model_metadata(
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         **rope_keys(config, architecture),
     }
-    if architecture in PATTERNS and any(config.windows):
+    if config.family.window_pattern and any(config.windows):
         own["attention.sliding_window"] = window(config)
     if architecture == "phi3":  # 0 tells llama.cpp that there is none
         own["attention.sliding_window"] = window(config) or 0
@@ -88,7 +87,7 @@ def context_length(config: ModelConfig, architecture: str) -> tuple[int, list[st
     """How long a text llama.cpp may take so that it computes what is computed here."""
     longest, notes = config.max_position_embeddings, []
     width = window(config)
-    if width is not None and width < longest and architecture not in PATTERNS:
+    if width is not None and width < longest and not config.family.window_pattern:
         notes.append(
             f"llama.cpp has no sliding window for {architecture}: context_length is the window, "
             f"{width}, instead of {longest}; longer texts would give other results"
@@ -166,9 +165,6 @@ def refuse_rope(config: ModelConfig, architecture: str, where: str) -> None:
         found = f"RoPE scaling {rope.rule}, in layers with a window {local}"
         expected = f"what llama.cpp's {architecture} has: {listed(rules)}"
         raise InputError("GGOUT-ROPE", where, found, expected)
-    if rope.partial != 1 and architecture != "phi3":
-        found = f"{rope.partial} of each head rotate"
-        raise InputError("GGOUT-ROPE", where, found, f"all, as llama.cpp's {architecture} has it")
     if rope.rule == "yarn":  # keys for these exist, but these architectures do not read them
         usual = 0.1 * math.log(max(rope.factor, 1)) + 1
         others = (rope.beta_fast, rope.beta_slow, rope.truncate)
@@ -182,8 +178,8 @@ def refuse_rope(config: ModelConfig, architecture: str, where: str) -> None:
 
 def refuse_windows(config: ModelConfig, architecture: str, where: str) -> None:
     """Gemma's layers with a window must be those that llama.cpp takes for granted."""
-    n, width = PATTERNS.get(architecture), window(config)
-    if n is None or (width is None and architecture == "gemma3"):
+    n, width = config.family.window_pattern, window(config)
+    if not n or (width is None and architecture == "gemma3"):
         return
     layers = range(config.num_hidden_layers)
     usual = tuple(width if (layer + 1) % n else None for layer in layers)

@@ -206,7 +206,11 @@ def read_windows(read: Reader, family: Family, layers: int) -> tuple[int | None,
         return (None,) * layers
     if kinds is None:
         kinds = [SLIDING if slides(read, family, layer) else FULL for layer in range(layers)]
-    elif not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
+    elif (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in (SLIDING, FULL) for kind in kinds)
+    ):
         expected = f"{layers} times {FULL} or {SLIDING}"
         raise read.error("layer_types", read.shown("layer_types"), expected)
     if SLIDING not in kinds:
@@ -218,13 +222,17 @@ def read_windows(read: Reader, family: Family, layers: int) -> tuple[int | None,
 def slides(read: Reader, family: Family, layer: int) -> bool:
     """Whether a layer has the window, where no `layer_types` says so."""
     if family.windows == families.LAST:
-        return layer >= read.config.get("max_window_layers", 0)
+        first = read.config["max_window_layers"]
+        if type(first) is not int or first < 0:
+            raise read.error("max_window_layers", read.shown("max_window_layers"), "a whole number")
+        return layer >= first
     if family.windows == families.ALL:
         return True
     own = read.config.get("sliding_window_pattern", read.config.get("_sliding_window_pattern"))
     pattern = family.window_pattern if own is None else own
     if type(pattern) is not int or pattern < 1:
-        raise read.error("sliding_window_pattern", f"is {pattern!r}", "a whole number above 0")
+        found = f"is {pattern!r:.80}"
+        raise read.error("sliding_window_pattern", found, "a whole number above 0")
     return (layer + 1) % pattern != 0
 
 

@@ -51,7 +51,7 @@ def read_ropes(
     """
     given = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
-        raise read.error("rope_parameters", f"{given!r}", "an object")
+        raise read.error("rope_parameters", f"is {given!r:.80}", "an object")
     old_theta = read.config.get("rope_theta")
     if "rope_local_base_freq" not in family.options:
         theta = THETA if old_theta is None else old_theta
@@ -59,6 +59,9 @@ def read_ropes(
     kinds = given if set(given) & set(KINDS) else {"full_attention": given}
     if set(kinds) - set(KINDS):
         raise read.error("rope_parameters", f"has {listed(kinds)}", " and ".join(KINDS))
+    if not all(isinstance(own or {}, Mapping) for own in kinds.values()):
+        found = f"has {kinds!r:.80}"
+        raise read.error("rope_parameters", found, "an object for each kind of layer")
     thetas = (
         GLOBAL_THETA if old_theta is None else old_theta,
         read.config.get("rope_local_base_freq") or THETA,
@@ -91,7 +94,11 @@ def read_rope(
     partial = given.get("partial_rotary_factor", read.config.get("partial_rotary_factor"))
     partial = 1.0 if partial is None else partial
     if type(partial) not in (int, float) or not 0 < partial <= 1:
-        raise fields.error("partial_rotary_factor", f"is {partial!r}", "above 0, at most 1")
+        found = f"is {partial!r:.80}"
+        raise fields.error("partial_rotary_factor", found, "above 0, at most 1")
+    if partial != 1 and "partial_rotary_factor" not in family.options:
+        expected = f"1: in {family.model_type} all channels of a head rotate"
+        raise fields.error("partial_rotary_factor", f"is {partial}", expected)
     common = {"theta": fields.number("rope_theta"), "rule": rule, "partial": float(partial)}
     dim = int(head_dim * partial)
     if dim < 2 or dim % 2:

@@ -221,7 +221,6 @@ def test_what_llama_cpp_does_otherwise_is_told():
 REFUSED = [
     ("GGOUT-ROPE", "qwen2", rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
         high_freq_factor=4.0, original_max_position_embeddings=32)),
-    ("GGOUT-ROPE", "llama", rope(partial_rotary_factor=0.5)),
     ("GGOUT-ROPE", "llama", rope(**YARN, attention_factor=1.5)),
     ("GGOUT-ROPE", "llama", rope(**YARN, truncate=False)),
     ("GGOUT-ROPE", "llama", rope(**YARN, beta_fast=16.0)),

@@ -8,6 +8,7 @@ from qlora_jax.errors import InputError, Note
 from qlora_jax.models.config import ModelConfig
 from tests.golden_data import GOLDEN
 
+LATE = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ...}
 FOLDERS = sorted(folder.name for folder in (GOLDEN / "models").iterdir() if folder.is_dir())
 
 
@@ -43,9 +44,8 @@ def test_windows():
     assert read("mistral", sliding_window=None).windows == (None, None)
     assert read("mistral", sliding_window=...).windows == (4096, 4096)
     assert read("qwen2").windows == (None, None)
-    late = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ...}
-    assert read("qwen2", **late, max_window_layers=1).windows == (None, 4)
-    assert read("qwen2", **late).windows == (None, None)
+    assert read("qwen2", **LATE, max_window_layers=1).windows == (None, 4)
+    assert read("qwen2", **LATE).windows == (None, None)
     assert read("gemma2").windows == (8, None)
     assert read("gemma2", layer_types=...).windows == (8, None)
     assert read("gemma3").windows == (8, 8, 8, 8, 8, None, 8)
@@ -92,6 +92,10 @@ def test_gemma_has_defaults_of_its_own():
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention:"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types: is"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types: is"),
+        ("gemma2", {"layer_types": [["full_attention"], {}]}, "layer_types: is"),
+        ("qwen2", {**LATE, "max_window_layers": "1"}, "max_window_layers: is '1'"),
+        ("qwen2", {**LATE, "max_window_layers": None}, "max_window_layers: is 'None'"),
+        ("gemma3", {"rope_parameters": {"full_attention": 5}}, "rope_parameters: has {'full_att"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: is '0.0'"),
         ("gemma3", {"layer_types": ..., "_sliding_window_pattern": 0}, "sliding_window_pattern:"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias:"),

@@ -54,7 +54,8 @@ def llama(**rope) -> dict:
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "beta_fast: is no field of rule"),
         ({"rope_type": "default", "mrope_section": [2, 2]}, "mrope_section: is no field"),
         ({"rope_type": "default", "partial_rotary_factor": 1.5}, "partial_rotary_factor: is 1.5"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.2}, "3 of 16 channels rotate"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+         "partial_rotary_factor: is 0.5 (expected 1: in llama all channels of a head rotate)"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
          "high_freq_factor: is 4.0 (expected above low_freq_factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
@@ -67,6 +68,13 @@ def test_a_wrong_rule_is_refused_by_name(fields, message):
         ModelConfig.from_dict(llama(**fields))
     assert message in str(error.value)
     assert error.value.code == "CFG-MODEL"
+
+
+def test_a_part_of_a_head_that_has_no_pairs_is_refused():
+    config = CASES["longrope, long"]["config"]
+    part = {"rope_theta": 1e4, "partial_rotary_factor": 0.2}
+    with pytest.raises(InputError, match="3 of 16 channels rotate"):
+        ModelConfig.from_dict(config | {"rope_parameters": part})
 
 
 def test_phi3_takes_longrope_by_its_old_names_and_no_other_rule():
