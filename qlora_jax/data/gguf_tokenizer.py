@@ -236,14 +236,13 @@ def added_ends(
     from tokenizers import processors
 
     tokens, ids = metadata["tokenizer.ggml.tokens"], special_ids(metadata, count, where)
-    single, special = "$A", []
+    single, special = "$A", []  # by role: a token's own text could read as a part of a template
     for field, default in (("bos", adds_bos), ("eos", False)):
         if not flag(metadata, f"add_{field}_token", default, where):
             continue
         if field not in ids:
             found = f"add_{field}_token is set without {field}_token_id"
             raise InputError("TOK-VOCAB", where, found)
-        token = tokens[ids[field]]
-        single = f"{token} $A" if field == "bos" else f"{single} {token}"
-        special.append((token, ids[field]))
+        single = "bos $A" if field == "bos" else f"{single} eos"
+        special.append({"id": field, "ids": [ids[field]], "tokens": [tokens[ids[field]]]})
     return processors.TemplateProcessing(single=single, special_tokens=special) if special else None

@@ -91,6 +91,16 @@ def test_bos_and_eos_are_added_where_the_file_says(pre, keys, expected, tmp_path
     assert load_tokenizer(tmp_path).encode("the") == tokenizer.encode("the")
 
 
+@pytest.mark.parametrize("text", ["a b", "<s:1>", "<s>:0", "$A"])
+def test_an_added_token_may_be_any_text(text, tmp_path):
+    metadata = tiny("llama-bpe", add_eos_token=True)
+    metadata["tokenizer.ggml.tokens"][0] = text
+    tokenizer = load_tokenizer("x.gguf", metadata)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the")) == [text, "the", "</s>"]
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode("the") == tokenizer.encode("the")
+
+
 def test_llama_takes_a_whole_word_that_no_merge_makes():
     def pieces(pre: str) -> list[str]:
         return gguf_tokenizer(tiny(pre, add_bos_token=False), "x.gguf").encode(" the").tokens
