@@ -17,7 +17,7 @@ from qlora_jax.checkpoints.files import open_regular
 from qlora_jax.checkpoints.gguf_blocks import Block
 from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config, refuse_what_is_no_model
 from qlora_jax.checkpoints.gguf_header import Tensor, read_header
-from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, hugging_face_names, split_halves
+from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, names_in_file, split_halves
 from qlora_jax.checkpoints.names import LAYERS, layer_names, split
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
@@ -52,7 +52,7 @@ class GGUF:
             refuse_what_is_no_model(keys)
             architecture = keys.architecture
             self.row = ARCHITECTURES[architecture]
-            self.gguf_names = hugging_face_names(self.tensors, architecture, self.where)
+            self.gguf_names = names_in_file(self.tensors, architecture, self.where)
             self.config = self.checked_config()
         except BaseException:
             self.close()

@@ -97,7 +97,7 @@ ARCHITECTURES = {
 }
 
 
-def hugging_face_names(tensors: Iterable[str], architecture: str, where: str) -> dict[str, str]:
+def names_in_file(tensors: Iterable[str], architecture: str, where: str) -> dict[str, str]:
     """Hugging Face name of every weight -> its GGUF name, in file order.
 
     Raises:

@@ -51,7 +51,7 @@ def companions_of(source: Source, first: str | Path | None = None) -> dict[str, 
 
 def names_tokenizer(source: GGUF) -> bool:
     """Whether a GGUF file has a tokenizer; "none" is llama.cpp's word for a file without one."""
-    return source.metadata.get("tokenizer.ggml.model", "none") != "none"
+    return source.metadata.get(GGUF_TOKENIZER, "none") != "none"
 
 
 def has_tokenizer(files: dict[str, bytes | Path]) -> bool:

@@ -4,14 +4,15 @@ One weight is in memory at a time, and the next one is read meanwhile.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qlora_jax.checkpoints.atomic import refuse_existing
 from qlora_jax.checkpoints.bnb4bit import is_4bit
-from qlora_jax.checkpoints.load import Loader, load_weights, source_dtype
+from qlora_jax.checkpoints.load import Loader, Progress, load_weights, source_dtype
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES, Content
@@ -23,8 +24,6 @@ from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.workflows.companions import companions_of, has_tokenizer
 from qlora_jax.workflows.open import Source, open_source
 from qlora_jax.workflows.run_folder import as_json
-
-Progress = Callable[[int, int, str], None]
 
 
 def quantize_checkpoint(
@@ -185,9 +184,7 @@ def dense_weights(loader: Loader) -> Iterator[tuple[str, np.ndarray]]:
 
 def refuse_taken(out: str | Path) -> None:
     """Before minutes of work: nothing is ever overwritten."""
-    if Path(out).exists():
-        found, hint = "exists already", "another name, or remove it first"
-        raise InputError("OUT-EXISTS", out, found, "a new path", hint)
+    refuse_existing(Path(out))
 
 
 def parameters(

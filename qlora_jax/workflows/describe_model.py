@@ -11,7 +11,7 @@ from qlora_jax.checkpoints.safetensors_header import Entry
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import linear_shapes, weight_shapes
-from qlora_jax.workflows.companions import GGUF_TOKENIZER, TOKENIZER, companions
+from qlora_jax.workflows.companions import GGUF_TOKENIZER, TOKENIZER, companions, names_tokenizer
 from qlora_jax.workflows.description import Description, Weight, grouped
 from qlora_jax.workflows.open import open_source
 
@@ -52,11 +52,12 @@ def describe_model(path: str | Path) -> Description:
 
 
 def tokenizer_of(source: Shards | GGUF) -> list[str]:
-    """The files of a folder's tokenizer, or the kind that a GGUF file's metadata describe."""
+    """The files of a folder's tokenizer, or the kind that a GGUF file's metadata describes."""
     if isinstance(source, Shards):
         return [name for name in companions(source.path) if name in TOKENIZER]
-    kind = source.metadata.get(GGUF_TOKENIZER, "none")
-    return [] if kind == "none" else [f"{kind}, in the metadata"]
+    if not names_tokenizer(source):
+        return []
+    return [f"{source.metadata[GGUF_TOKENIZER]}, in the metadata"]
 
 
 def beside_of(names: list[str], states: dict[str, QuantState]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """A model or an adapter as a GGUF file for llama.cpp, its tokenizer too."""
 
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from qlora_jax.checkpoints.gguf_lora import lora_metadata, lora_tensors
 from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES, model_metadata
 from qlora_jax.checkpoints.gguf_tensors import rope_tensors, specs_of, stored, weight_table
 from qlora_jax.checkpoints.gguf_write import Value, save_gguf
-from qlora_jax.checkpoints.load import Loader, source_dtype
+from qlora_jax.checkpoints.load import Loader, Progress, source_dtype
 from qlora_jax.checkpoints.orbax_io import load_orbax
 from qlora_jax.data.gguf_vocabulary import gguf_vocabulary
 from qlora_jax.data.tokenizer import load_tokenizer
@@ -31,7 +30,7 @@ def export_gguf(
     out: str | Path,
     *,
     type: str | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Writes a model as one GGUF file that llama.cpp opens; never overwrites.
 
