@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,9 +275,38 @@ def gguf_parts() -> File:
     return file
 
 
-def gguf_model(folder: Path) -> Path:
-    """The GGUF model of `gguf_parts`."""
-    return write(folder, {"model.gguf": gguf_parts().tobytes()})
+def gguf_k_parts() -> File:
+    """A GGUF model with the formats of 256 numbers a block, where rows are long enough."""
+    file, rng = gguf_parts(), np.random.default_rng(0)
+    changed = {"block_count": 3, "feed_forward_length": 256, "rope.dimension_count": 128}
+    changed |= {"attention.key_length": 128, "attention.value_length": 128}
+    for key, value in changed.items():
+        file.set(f"llama.{key}", u32(value))
+    kinds = gguf.GGMLQuantizationType
+    pairs = [(kinds.Q4_K, kinds.Q6_K), (kinds.Q2_K, kinds.Q5_K), (kinds.Q3_K, kinds.IQ4_XS)]
+    layer = {
+        **{"attn_norm": (32,), "attn_q": (256, 32), "attn_k": (128, 32), "attn_v": (128, 32)},
+        **{"ffn_norm": (32,), "ffn_gate": (256, 32), "ffn_up": (256, 32)},
+    }
+    last = {name: file.tensors[f"{name}.weight"] for name in ("output", "output_norm")}
+    file.tensors = {"token_embd.weight": file.tensors["token_embd.weight"]}
+    for index, pair in enumerate(pairs):
+        for name, shape in layer.items():
+            values = rng.standard_normal(shape).astype(np.float32)
+            kind = kinds.F32 if name.endswith("norm") else kinds.Q8_0
+            file.put(f"blk.{index}.{name}.weight", values, kind)
+        for name, kind in zip(("attn_output", "ffn_down"), pair, strict=True):
+            nbytes = 32 * gguf.GGML_QUANT_SIZES[kind][1]
+            # No byte has the bit without which a float16 is neither infinite nor NaN.
+            payload = (rng.integers(0, 256, nbytes) & 0xBF).astype(np.uint8).tobytes()
+            file.tensors[f"blk.{index}.{name}.weight"] = (256, 32), int(kind), payload
+    file.tensors |= {f"{name}.weight": tensor for name, tensor in last.items()}
+    return file
+
+
+def gguf_model(folder: Path, parts: Callable[[], File] = gguf_parts) -> Path:
+    """A GGUF model in a folder."""
+    return write(folder, {"model.gguf": parts().tobytes()})
 
 
 def arrays_of(config: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Writes what the tests here found to the file that RELIABILITY_JSON names, when it names one.
+"""The workers; and the results, written to the file that RELIABILITY_JSON names.
 
 A test module says which rule it shows: RULE = "R20". Each of its tests is a case, unless the test
 records `cases` and `passed` itself, as pytest's properties.
@@ -13,8 +13,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.worker import Worker
+
 PACKAGES = ("jax", "numpy", "tokenizers", "transformers", "jinja2", "orbax-checkpoint")
 MAXIMA = ("slowest_seconds", "largest_rss_growth_bytes")
+
+
+@pytest.fixture(scope="session")
+def worker_of():
+    """The worker of a loader, one for the whole run: to start one takes seconds."""
+    workers: dict[str, Worker] = {}
+
+    def worker_of(loader: str) -> Worker:
+        if loader not in workers:
+            workers[loader] = Worker(loader)
+        return workers[loader]
+
+    yield worker_of
+    for worker in workers.values():
+        worker.stop()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -191,7 +191,7 @@ def safetensors(data: bytes, rng: Random) -> Mutated:
     )
 
 
-def gguf(make: Callable[[], File], rng: Random) -> Mutated:
+def gguf(make: Callable[[], File], rng: Random, block: int = 32) -> Mutated:
     """A GGUF file with damage to its counts, keys, tensor table, or numbers."""
     file = make()
     clean = file.tobytes()
@@ -255,7 +255,7 @@ def gguf(make: Callable[[], File], rng: Random) -> Mutated:
             file.tensors = {(other if n == name else n): t for n, t in file.tensors.items()}
         elif act == "remove":
             del file.tensors[name]
-        return file.tobytes(), LARGEST if alike else 0
+        return file.tobytes(), LARGEST * block // 32 if alike else 0
 
     return one_of(
         rng,
@@ -265,7 +265,7 @@ def gguf(make: Callable[[], File], rng: Random) -> Mutated:
         (less, 1),
         (tensor, 6),
         (lambda: bits_in_front(clean, rng, start), 4),
-        (lambda: scaled(bits(clean, rng, start), 32), 2),
+        (lambda: scaled(bits(clean, rng, start), block), 2),
         (lambda: pieces(clean, rng), 3),
     )
 

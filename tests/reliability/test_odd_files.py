@@ -8,7 +8,6 @@ import pytest
 from tests.checkpoints.safetensors_files import index
 from tests.checkpoints.test_shards import BAD_NAMES
 from tests.reliability import clean
-from tests.reliability.worker import Worker
 
 RULE = "R23"
 SECONDS = 0.1
@@ -60,18 +59,19 @@ ALLOWED = {("weights in GGUF", link_out), ("weights in GGUF", device)}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_file_that_is_none(place, tmp_path, record_property):
+def test_a_file_that_is_none(place, tmp_path, worker_of, record_property):
     write, names = PLACES[place]
     pristine, wrong, seconds = write(tmp_path / "clean"), [], [0.0]
     cases = [(name, act) for name in names for act in ACTS if (place, act) not in ALLOWED]
-    with Worker(place.split()[0], pristine) as worker:
-        for number, (name, act) in enumerate(cases):
-            spoiled = write(tmp_path / str(number) / "case")
-            act(spoiled / name)
-            report = worker.load(spoiled)
-            seconds.append(min(report.seconds, worker.load(spoiled).seconds))
-            if report.outcome != "refused" or report.exit_code not in (2, 5) or report.outside:
-                wrong.append((name, act.__name__, report))
+    worker = worker_of(place.split()[0])
+    worker.learn(pristine)
+    for number, (name, act) in enumerate(cases):
+        spoiled = write(tmp_path / str(number) / "case")
+        act(spoiled / name)
+        report = worker.load(spoiled)
+        seconds.append(min(report.seconds, worker.load(spoiled).seconds))
+        if report.outcome != "refused" or report.exit_code not in (2, 5) or report.outside:
+            wrong.append((name, act.__name__, report))
     record_property("cases", len(cases))
     record_property("passed", len(cases) - len(wrong))
     record_property("slowest_seconds", max(seconds))
@@ -79,19 +79,20 @@ def test_a_file_that_is_none(place, tmp_path, record_property):
     assert max(seconds) < SECONDS
 
 
-def test_a_name_that_is_none(tmp_path, record_property):
+def test_a_name_that_is_none(tmp_path, worker_of, record_property):
     pristine, wrong, seconds = clean.sharded(tmp_path / "clean"), [], []
     (tmp_path / "secret.safetensors").write_bytes((pristine / SHARD).read_bytes())
     spoiled = clean.sharded(tmp_path / "case")
     twins = index({"a": "model.safetensors", "b": "MODEL.safetensors"})
-    with Worker("weights", pristine) as worker:
-        for name in [*BAD_NAMES, "a twin of another case"]:
-            content = twins if name == "a twin of another case" else index({"a": name})
-            (spoiled / "model.safetensors.index.json").write_bytes(content)
-            report = worker.load(spoiled)
-            seconds.append(min(report.seconds, worker.load(spoiled).seconds))
-            if report.code not in ("IX-NAME", "IX-CASE") or report.outside:
-                wrong.append((name, report))
+    worker = worker_of("weights")
+    worker.learn(pristine)
+    for name in [*BAD_NAMES, "a twin of another case"]:
+        content = twins if name == "a twin of another case" else index({"a": name})
+        (spoiled / "model.safetensors.index.json").write_bytes(content)
+        report = worker.load(spoiled)
+        seconds.append(min(report.seconds, worker.load(spoiled).seconds))
+        if report.code not in ("IX-NAME", "IX-CASE") or report.outside:
+            wrong.append((name, report))
     record_property("cases", len(BAD_NAMES) + 1)
     record_property("passed", len(BAD_NAMES) + 1 - len(wrong))
     record_property("slowest_seconds", max(seconds))
@@ -104,7 +105,7 @@ def test_a_name_that_is_none(tmp_path, record_property):
     [("weights", clean.model), ("weights", clean.sharded), ("tokenizer", clean.tokenizer)],
     ids=["weights", "shards", "tokenizer"],
 )
-def test_links_of_hugging_faces_cache_are_followed(loader, write, tmp_path):
+def test_links_of_hugging_faces_cache_are_followed(loader, write, tmp_path, worker_of):
     plain = write(tmp_path / "plain")
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
@@ -112,7 +113,8 @@ def test_links_of_hugging_faces_cache_are_followed(loader, write, tmp_path):
     for number, path in enumerate(sorted(plain.iterdir())):
         (blobs / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    with Worker(loader, plain) as worker:
-        report = worker.load(snapshot)
+    worker = worker_of(loader)
+    reference = worker.learn(plain)
+    report = worker.load(snapshot)
     assert report.outcome == "loaded", report
-    assert report.values.keys() == worker.clean.values.keys()
+    assert report.values.keys() == reference.values.keys()

@@ -11,7 +11,6 @@ import json
 
 from tests.data.test_tokenizer import BAD_JSON
 from tests.reliability import clean
-from tests.reliability.worker import Worker
 
 RULE = "R26"
 
@@ -82,7 +81,7 @@ def as_bytes(content) -> bytes:
     return content.encode() if isinstance(content, str) else content
 
 
-def test_crafted_files(tmp_path, record_property):
+def test_crafted_files(tmp_path, worker_of, record_property):
     cases = {**{name: content for name, _, content in BAD_JSON}, **CRAFTED}
     pristine, folder, wrong, reports = (
         clean.tokenizer(tmp_path / "clean"),
@@ -91,17 +90,18 @@ def test_crafted_files(tmp_path, record_property):
         [],
     )
     clean.tokenizer(folder)
-    with Worker("tokenizer", pristine) as worker:
-        for name, content in cases.items():
-            (folder / "tokenizer.json").write_bytes(as_bytes(content))
-            report = worker.load(folder)
-            reports.append(report)
-            if report.outcome not in ("refused", *(["loaded"] if name in GOOD else [])):
-                wrong.append((name, report))
-            if report.outcome == "refused" and not report.code.startswith("TOK-"):
-                wrong.append((name, report))
-        (folder / "tokenizer.json").write_bytes((pristine / "tokenizer.json").read_bytes())
-        assert worker.load(folder).outcome == "loaded"
+    worker = worker_of("tokenizer")
+    worker.learn(pristine)
+    for name, content in cases.items():
+        (folder / "tokenizer.json").write_bytes(as_bytes(content))
+        report = worker.load(folder)
+        reports.append(report)
+        if report.outcome not in ("refused", *(["loaded"] if name in GOOD else [])):
+            wrong.append((name, report))
+        if report.outcome == "refused" and not report.code.startswith("TOK-"):
+            wrong.append((name, report))
+    (folder / "tokenizer.json").write_bytes((pristine / "tokenizer.json").read_bytes())
+    assert worker.load(folder).outcome == "loaded"
     record_property("cases", len(cases))
     record_property("passed", len(cases) - len(wrong))
     record_property("slowest_seconds", max(report.seconds for report in reports))

@@ -1,7 +1,8 @@
 """A process that opens damaged files, so that a crash, a hang or a bomb ends it and not the tests.
 
-    with Worker("weights") as worker:
-        report = worker.load(folder)    report.outcome: loaded, refused, crashed, killed or late
+    worker = Worker("weights")
+    worker.learn(clean).grown       bytes, for comparison
+    worker.load(folder).outcome     loaded, refused, crashed, killed or late
 
 Within it memory is limited by RLIMIT_AS, and an audit hook notes every file that is opened, every
 program and every connection. Its peak memory is set back before each file.
@@ -54,15 +55,10 @@ class Report:
 
 
 class Worker:
-    """Loads files with one of loaders.py, one at a time; a process that ended is replaced.
+    """Loads files with one of loaders.py, one at a time; a process that ended is replaced."""
 
-    Args:
-      loader: its name.
-      clean: a folder that stays as it is, loaded first; its report is the attribute `clean`.
-    """
-
-    def __init__(self, loader: str, clean: Path):
-        self.loader, self.clean_path = loader, clean
+    def __init__(self, loader: str):
+        self.loader = loader
         self.start()
 
     def start(self) -> None:
@@ -71,9 +67,14 @@ class Worker:
         self.process = context.Process(target=serve, args=(self.loader, theirs), daemon=True)
         self.process.start()
         theirs.close()
+
+    def learn(self, clean: Path) -> Report:
+        """The report on a folder that stays as it is, and that others are compared with."""
+        self.clean_path = clean
         for _ in range(2):  # imports and compiled programs are no file's growth
-            self.clean = self.ask(self.clean_path, seconds=120)
-            assert self.clean.outcome == "loaded", self.clean
+            report = self.ask(clean, seconds=120)
+            assert report.outcome == "loaded", report
+        return report
 
     def load(self, path: Path) -> Report:
         """The report on the file or folder `path`."""
@@ -81,6 +82,7 @@ class Worker:
         if report.outcome in ("killed", "late"):
             self.stop()
             self.start()
+            self.learn(self.clean_path)
         return report
 
     def ask(self, path: Path, seconds: float) -> Report:
@@ -97,12 +99,6 @@ class Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
 
 def serve(loader: str, pipe: Any) -> None:
