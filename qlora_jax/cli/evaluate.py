@@ -17,7 +17,7 @@ HEAD = ("model", "loss", "perplexity", "against the base")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the model, the data and the adapters."""
-    parser.add_argument("model", help="a model's folder, or a .gguf file")
+    parser.add_argument("model", help="a model's folder, a .gguf file, or a Hub id")
     parser.add_argument(
         "--data",
         required=True,

@@ -12,7 +12,7 @@ from qlora_jax.errors import InputError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares model, adapter, prompt and sampling."""
-    parser.add_argument("model", help="a model's folder, or a .gguf file")
+    parser.add_argument("model", help="a model's folder, a .gguf file, or a Hub id")
     parser.add_argument("--adapter", metavar="PATH", help="an adapter's folder")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="the text; without it, what comes on stdin"

@@ -59,7 +59,10 @@ def dtype_argument(parser: argparse.ArgumentParser, what: str, whose: str = "sou
 def shard_argument(parser: argparse.ArgumentParser) -> None:
     """--shard-size of a folder's weights."""
     parser.add_argument(
-        "--shard-size", type=byte_size, metavar="N", help="of a file of weights (default 5GB)"
+        "--shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="most bytes in a file of weights, such as 2GB or 500MB (default 5GB)",
     )
 
 

@@ -82,7 +82,7 @@ def open_as_trained(
     Args:
       path: a model's folder, a .gguf file, or an id of the Hub.
       adapter: a PEFT folder; it is not loaded here.
-      progress: called after each tensor with (done, total, name).
+      progress: called after each tensor with (bytes done, bytes in all, name).
       **how: as for `choose`.
 
     Raises:
