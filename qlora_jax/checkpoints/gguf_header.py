@@ -6,8 +6,9 @@
     padding to the alignment | data, each tensor padded to the alignment
 
 No count, length or shape is believed before the bytes that it speaks of are known to be there, and
-nothing is memory-mapped, so a hostile file costs no more memory than its own header. The rules are
-llama.cpp's (gguf.cpp), and stricter where it lets damage pass.
+nothing is memory-mapped, so a hostile file costs no more memory than its header, bounded by
+MAX_HEADER, and the Python objects of MAX_ELEMENTS. The rules are llama.cpp's (gguf.cpp), and
+stricter where it lets damage pass.
 """
 
 import os
@@ -21,7 +22,8 @@ from qlora_jax.checkpoints.gguf_blocks import BLOCKS, UNREAD, Block
 from qlora_jax.errors import InputError, listed
 
 MAX_HEADER = 64 << 20  # bytes; a vocabulary of 262,144 tokens with its merges takes about 20 MB
-MAX_ARRAY = 1 << 30
+MAX_ELEMENTS = 1 << 22  # of all arrays: as Python numbers 170 MB; Gemma's have 1.3 million
+MAX_STRING = 1 << 30
 MAX_KEY = 65_535
 MAX_NAME = 63
 MIN_KEY_ENTRY, MIN_TENSOR_ENTRY = 13, 32  # bytes
@@ -31,6 +33,7 @@ SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
     10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
+LENGTH = struct.Struct("<Q")  # of a string
 U32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
 
@@ -62,7 +65,7 @@ class Cursor:
 
     def __init__(self, fd: int, size: int, where: str):
         self.fd, self.size, self.where = fd, size, where
-        self.position = 0
+        self.position, self.elements = 0, 0
         self.buffer, self.buffer_start = b"", 0
 
     def left(self) -> int:
@@ -94,7 +97,7 @@ class Cursor:
     def number(self, format: str, what: str) -> int:
         return struct.unpack("<" + format, self.take(struct.calcsize("<" + format), what))[0]
 
-    def string(self, what: str, limit: int = MAX_ARRAY) -> str:
+    def string(self, what: str, limit: int = MAX_STRING) -> str:
         length = self.number("Q", f"the length of {what}")
         if length > min(limit, self.left()):
             raise InputError(
@@ -107,6 +110,22 @@ class Cursor:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
             raise InputError("GG-UTF8", self.where, f"{what} is not UTF-8: {error}") from None
+
+    def strings_ahead(self, most: int) -> list[str]:
+        """The next strings, at most `most`, up to one that is not whole in the buffer, or wrong."""
+        found, begin = [], self.position - self.buffer_start
+        while len(found) < most and begin + LENGTH.size <= len(self.buffer):
+            start = begin + LENGTH.size
+            end = start + LENGTH.unpack_from(self.buffer, begin)[0]
+            if end > len(self.buffer):
+                break
+            try:
+                found.append(self.buffer[start:end].decode())
+            except UnicodeDecodeError:
+                break
+            begin = end
+        self.position = self.buffer_start + begin
+        return found
 
 
 def read_header(fd: int, size: int, where: str) -> Header:
@@ -196,12 +215,26 @@ def read_array(cursor: Cursor, key: str, element: int, count: int) -> list:
         found = f"{key} is an array of {what}"
         raise InputError("GG-ARRAY", cursor.where, found, "an array of numbers or strings")
     smallest = 8 if element == STRING else np.dtype(SCALARS[element]).itemsize
-    if count > min(MAX_ARRAY, cursor.left() // smallest):
+    if count > cursor.left() // smallest:
         found = f"{key} claims {count} elements, the file has {cursor.left()} bytes left"
         raise InputError("GG-ARRAY", cursor.where, found)
+    cursor.elements += count
+    if cursor.elements > MAX_ELEMENTS:
+        found = f"arrays have {cursor.elements} elements up to {key}"
+        raise InputError("GG-ARRAY", cursor.where, found, f"at most {MAX_ELEMENTS} in all")
     if element == STRING:
-        return [cursor.string(f"{key}[{i}]") for i in range(count)]
+        return read_strings(cursor, key, count)
     return read_scalars(cursor, key, element, count)
+
+
+def read_strings(cursor: Cursor, key: str, count: int) -> list[str]:
+    """`count` strings: at once those that lie whole in what was read ahead, which is quicker."""
+    strings = []
+    while len(strings) < count:
+        strings += cursor.strings_ahead(count - len(strings))
+        if len(strings) < count:
+            strings.append(cursor.string(f"{key}[{len(strings)}]"))
+    return strings
 
 
 def read_scalars(cursor: Cursor, key: str, kind: int, count: int) -> list:

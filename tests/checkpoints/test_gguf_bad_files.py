@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.gguf_header import MAX_ELEMENTS
 from qlora_jax.errors import InputError
 from tests.checkpoints.gguf_files import (
     ARRAY,
@@ -110,6 +111,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432
 BOMB = b"GGUF" + struct.pack("<Iqq", 3, 0, 1) + text("a") + struct.pack("<IIQ", ARRAY, 0, 2**63)
 assert len(BOMB) < 64
 
+LONG = MAX_ELEMENTS + 1
 BAD = [
     # the frame
     ("empty", "GG-EMPTY", lambda: b""),
@@ -140,6 +142,7 @@ BAD = [
     ("array 2^63", "GG-ARRAY", lambda: BOMB),
     ("array past the end", "GG-ARRAY", with_key("x", array(U32, 1 << 20, b""))),
     ("strings past the end", "GG-ARRAY", with_key("x", array(STRING, 1 << 20, b""))),
+    ("long array", "GG-ARRAY", with_key("x", array(BOOL, LONG, b"\0" * LONG))),
     ("nested array", "GG-ARRAY", with_key("x", array(ARRAY, 1, b"\0" * 12))),
     ("array of unknown", "GG-ARRAY", with_key("x", array(99, 1, b"\0" * 12))),
     ("alignment 0", "GG-ALIGN", with_key("general.alignment", u32(0))),
