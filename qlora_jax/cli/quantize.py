@@ -4,8 +4,10 @@ The folder also opens in transformers, unless the kind is int4. Nothing is ever 
 """
 
 import argparse
+import warnings
 
 from qlora_jax.cli.options import dtype_argument, shard_argument, sharding, size
+from qlora_jax.errors import Note
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
 
         Console(width=None if Console().is_terminal else 120).print(report.table())
         print(f"report     {args.out}/quantization.json, {args.out}/quantization.png")
-    found = describe(args.out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)  # the source's, which were printed
+        found = describe(args.out)
     bits = found.bits_per_parameter
     dense = args.dtype or f"{found.facts['dtype']} as the source"
     print(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES
-from qlora_jax.errors import StorageError
+from qlora_jax.errors import Note, StorageError
 from qlora_jax.models import Decoder
 from qlora_jax.workflows.merge import refuse_packed
 from qlora_jax.workflows.open import Source, load_model
@@ -114,7 +115,8 @@ def compare(
     model: Decoder, adapter: Adapter, folder: Path, ids: np.ndarray, tolerance: float
 ) -> MergeCheck:
     """The logits of both in float32, row by row, so that the rounding of the weights is all."""
-    with Shards(folder) as written:
+    with Shards(folder) as written, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)  # the base's, which were told
         merged = load_model(written, quantization=None, dtype="float32")
     wide = Decoder.from_weights(model.config, model.weights(), "float32")
     logits = jax.jit(lambda model, ids, adapter: model(ids, adapter=adapter))

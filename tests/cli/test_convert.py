@@ -1,6 +1,7 @@
 """The round trip by commands: every format out, opened again, with its dtype, shards and notes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,20 @@ def test_inspect_of_what_was_written(at_home, home, capsys):
         assert found["kind"] == kind
         assert found["nbytes"] > 0
         assert len(found["weights"]) > 3
+
+
+@pytest.mark.filterwarnings("default::qlora_jax.errors.Note")
+def test_a_note_on_the_source_is_said_once(home, tmp_path, capsys):
+    odd = tmp_path / "odd"
+    shutil.copytree(home / "model", odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "favourite_colour": "blue"}))
+    for argv in (
+        ["quantize", str(odd), str(tmp_path / "4bit")],
+        ["merge", str(home / "run"), str(tmp_path / "merged"), "--model", str(odd)],
+        ["export", str(odd), str(tmp_path / "dense"), "--format", "hf"],
+    ):
+        assert main(argv) == 0
+        error = capsys.readouterr().err
+        assert error.count("favourite_colour") == 1
+        assert error.startswith("note ")
