@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -158,14 +157,9 @@ def cached_attention(
     groups, room = k.shape[1:3]
     q = q.reshape(batch, new, groups, n_heads // groups, size)
     found = jnp.einsum("bskgd,bktd->bkgst", q, k, preferred_element_type=jnp.float32)
-    found *= np.float32(scores.scale_of(size))
-    if scores.softcap is not None:
-        found = jnp.tanh(found / scores.softcap) * scores.softcap
     back = (length[:, None] + jnp.arange(new))[:, :, None] - jnp.arange(room)
-    seen = back >= 0
-    for width in (scores.window, window):
-        seen = seen if width is None else seen & (back < width)
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], found, MASKED), axis=-1)
+    seen = scores.seen(back, window)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores.of(found, size), MASKED), axis=-1)
     y = jnp.einsum(
         "bkgst,bktd->bskgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )

@@ -168,14 +168,9 @@ def masked_scores(
 ) -> Float[Array, "N G*rows keys"]:
     """Scores of the query rows from `first` on, in float32; MASKED where nothing is seen."""
     n, group, rows, size = q.shape
-    scale = np.float32(scores.scale_of(size))
-    found = product(q.reshape(n, -1, size), k, 2, 2, jnp.float32) * scale
-    if scores.softcap is not None:
-        found = jnp.tanh(found / scores.softcap) * scores.softcap
+    found = scores.of(product(q.reshape(n, -1, size), k, 2, 2, jnp.float32), size)
     back = (first + np.arange(rows))[:, None] - np.arange(keys.start, keys.stop)
-    seen = (back >= 0)[None, None]
-    for width in (scores.window, window):
-        seen = seen if width is None else seen & (back < width)
+    seen = scores.seen(back, window)[None, None]
     if segment_ids is not None:
         own = rows_of(segment_ids[:, None], first, rows)
         seen = seen & (own[..., None] == segment_ids[:, None, None, keys])

@@ -39,6 +39,7 @@ class Family:
         `layer_types` wins where the family has it.
       window_pattern: that n.
       rope_rules: the scaling rules that the family takes, by the name in config.json.
+      rope_aliases: older names of these rules.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class Family:
     windows: str = NONE
     window_pattern: int = 0
     rope_rules: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+    rope_aliases: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # Options that are on elsewhere and off here.
@@ -175,6 +177,7 @@ FAMILIES = {
             fused=True,
             windows=ALL,
             rope_rules=("default", "longrope"),
+            rope_aliases={"su": "longrope", "yarn": "longrope"},
         ),
     )
 }

@@ -79,8 +79,7 @@ def read_rope(
     """One rule."""
     fields = type(read)(given, f"{read.where}: rope_parameters")
     rule = given.get("rope_type", given.get("type", "default"))
-    if family.fused and rule in ("su", "yarn"):  # Phi 3's first names of longrope
-        rule = "longrope"
+    rule = family.rope_aliases.get(str(rule), rule)
     if not isinstance(rule, str) or rule not in family.rope_rules:
         expected = f"one of {listed(family.rope_rules)}"
         raise read.error("rope_type", f"unknown rule {str(rule)[:80]!r}", expected)

@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
 
 class Scores(NamedTuple):
     """How q k^T becomes scores, and which keys one sees; static.
@@ -19,6 +23,24 @@ class Scores(NamedTuple):
     def scale_of(self, head_dim: int) -> float:
         """The scale, for heads of this size."""
         return head_dim**-0.5 if self.scale is None else self.scale
+
+    def of(self, products: Float[Array, "..."], head_dim: int) -> Float[Array, "..."]:
+        """The scores that are q k^T, float32: scaled, then capped."""
+        scores = products * np.float32(self.scale_of(head_dim))
+        return scores if self.softcap is None else jnp.tanh(scores / self.softcap) * self.softcap
+
+    def seen(
+        self, back: Int[Array | np.ndarray, "..."], window: Int[Array, ""] | None = None
+    ) -> Bool[Array | np.ndarray, "..."]:
+        """Whether a token sees the one `back` tokens before it.
+
+        Args:
+          window: one that is known only as this runs, beside our own.
+        """
+        seen = back >= 0
+        for width in (self.window, window):
+            seen = seen if width is None else seen & (back < width)
+        return seen
 
     def within(self, room: int) -> "Scores":
         """The same without a window that hides nothing from texts of at most `room` tokens."""
