@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.bnb4bit import DENSE_DTYPES
 from qlora_jax.data.chat import stop_tokens
-from qlora_jax.errors import ConfigMismatch, InputError
+from qlora_jax.errors import ConfigMismatch, InputError, listed
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.quantization.policy import QuantizationConfig
@@ -125,9 +126,12 @@ def trained_with(path: str | Path) -> tuple[QuantizationConfig | None, str] | No
     saved = peft.read_extra(path)
     if "quantization" not in saved or "dtype" not in saved:
         return None
-    fields, dtype = saved["quantization"], saved["dtype"]
+    fields, dtype, where = saved["quantization"], saved["dtype"], f"{path}/{peft.EXTRA}"
+    if dtype not in DENSE_DTYPES:
+        found = f"dtype is {dtype!r:.80}"
+        raise InputError("PEFT-EXTRA", where, found, f"one of {listed(DENSE_DTYPES)}")
     try:
-        return (None if fields is None else QuantizationConfig(**fields)), str(dtype)
+        return (None if fields is None else QuantizationConfig(**fields)), dtype
     except TypeError:
-        where, found = f"{path}/{peft.EXTRA}", f"quantization is {fields!r}"
+        found = f"quantization is {fields!r:.80}"
         raise InputError("PEFT-EXTRA", where, found, "kind, block_size, double_quant") from None
