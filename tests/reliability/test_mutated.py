@@ -127,7 +127,7 @@ KINDS = {
         lambda data, rng: mutations.json_file(data, rng, TOKENIZER_KEYS),
     ),
     "json-quant": Kind("weights", clean.bitsandbytes, ["config.json"], quantization_config),
-    "orbax": Kind("orbax", clean.orbax, None, lambda data, rng: mutations.anything(data, rng)),
+    "orbax": Kind("orbax", clean.orbax, None, mutations.anything),
 }
 # How many of each: (in `make test`, in `make test-reliability`).
 COUNTS = {
