@@ -105,7 +105,9 @@ def test_a_name_that_is_none(tmp_path, worker_of, record_property):
     [("weights", clean.model), ("weights", clean.sharded), ("tokenizer", clean.tokenizer)],
     ids=["weights", "shards", "tokenizer"],
 )
-def test_links_of_hugging_faces_cache_are_followed(loader, write, tmp_path, worker_of):
+def test_links_of_hugging_faces_cache_are_followed(
+    loader, write, tmp_path, worker_of, record_property
+):
     plain = write(tmp_path / "plain")
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
@@ -116,5 +118,6 @@ def test_links_of_hugging_faces_cache_are_followed(loader, write, tmp_path, work
     worker = worker_of(loader)
     reference = worker.learn(plain)
     report = worker.load(snapshot)
+    record_property("slowest_seconds", report.seconds)
     assert report.outcome == "loaded", report
     assert report.values.keys() == reference.values.keys()
