@@ -65,7 +65,10 @@ def choose(
     if is_4bit(source.config, str(source.path)):
         return Choice(None, dtype, "4-bit as stored")
     if said is None:
-        return Choice(QuantizationConfig(), dtype, "nf4, the default")
+        reason = "nf4, the default"
+        if adapter is not None:
+            reason += f", since {adapter} does not say; --quantization none takes the dense weights"
+        return Choice(QuantizationConfig(), dtype, reason)
     name = "dense" if said[0] is None else said[0].kind
     return Choice(said[0], dtype, f"{name}, as {adapter} was trained")
 

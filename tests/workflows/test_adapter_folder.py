@@ -7,6 +7,9 @@ import pytest
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.workflows.adapter_folder import trained_with
+from qlora_jax.workflows.open import open_source
+from qlora_jax.workflows.open_as_trained import choose
+from tests.golden_data import golden_folder
 
 
 def write(folder, **fields):
@@ -20,6 +23,15 @@ def test_what_the_base_was(tmp_path):
     assert trained_with(folder) == (QuantizationConfig("fp4", 128, False), "float16")
     assert trained_with(write(tmp_path, quantization=None, dtype="float32")) == (None, "float32")
     assert trained_with(write(tmp_path, dtype="float32")) is None
+
+
+def test_an_adapter_that_does_not_say_is_told(tmp_path):
+    with open_source(golden_folder("models/llama")) as source:
+        assert choose(source).reason == "nf4, the default"
+        choice = choose(source, tmp_path)
+    assert (choice.quantization, choice.dtype) == (QuantizationConfig(), "bfloat16")
+    expected = f"since {tmp_path} does not say; --quantization none takes the dense weights"
+    assert choice.reason == f"nf4, the default, {expected}"
 
 
 @pytest.mark.parametrize(
