@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
 
     refuse_taken(args.out)
     write = {
-        "hf": export_hf,
-        "bnb-4bit": export_4bit,
+        "hf": export_folder,
+        "bnb-4bit": export_folder,
         "peft": export_peft,
         "gguf": export_gguf,
         "gguf-lora": export_gguf_lora,
@@ -155,25 +155,14 @@ def storage(args: argparse.Namespace, is_adapter: bool) -> str:
     return f", {meant(dtype) if args.format == 'gguf' else dtype} as the source"
 
 
-def export_hf(args: argparse.Namespace) -> list[str]:
-    """A dense folder."""
+def export_folder(args: argparse.Namespace) -> list[str]:
+    """A dense folder, or a 4-bit one in bitsandbytes' layout."""
     from qlora_jax.cli.progress import bar
-    from qlora_jax.workflows.convert import dense_checkpoint
+    from qlora_jax.workflows.convert import bnb_checkpoint, dense_checkpoint
 
+    write = dense_checkpoint if args.format == "hf" else bnb_checkpoint
     with bar("writing") as progress:
-        has_tokenizer = dense_checkpoint(
-            args.path, args.out, dtype=args.dtype, progress=progress, **sharding(args)
-        )
-    return without_tokenizer(has_tokenizer)
-
-
-def export_4bit(args: argparse.Namespace) -> list[str]:
-    """A 4-bit folder in bitsandbytes' layout."""
-    from qlora_jax.cli.progress import bar
-    from qlora_jax.workflows.convert import bnb_checkpoint
-
-    with bar("writing") as progress:
-        has_tokenizer = bnb_checkpoint(
+        has_tokenizer = write(
             args.path, args.out, dtype=args.dtype, progress=progress, **sharding(args)
         )
     return without_tokenizer(has_tokenizer)

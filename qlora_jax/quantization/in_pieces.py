@@ -1,7 +1,8 @@
-"""Quantizes a matrix in host memory piece by piece: faster, in less memory, compiled once.
+"""Quantizes a matrix in host memory piece by piece: faster, in less memory, seldom compiled.
 
 On two cores 16 million bfloat16 weights take 15 ms, in one piece 33: what lies between input and
-codes stays in the cache. Matrices of many shapes share one program.
+codes stays in the cache. Matrices of many shapes share one program; a rest that is no whole piece
+has its own.
 """
 
 import jax
