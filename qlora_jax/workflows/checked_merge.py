@@ -13,6 +13,7 @@ import numpy as np
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.merge import merged_config, merged_weights
+from qlora_jax.checkpoints.load import source_dtype
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES
@@ -117,8 +118,10 @@ def compare(
     """The logits of both in float32, row by row, so that the rounding of the weights is all."""
     with Shards(folder) as written, warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)  # the base's, which were told
-        merged = load_model(written, quantization=None, dtype="float32")
-    wide = Decoder.from_weights(model.config, model.weights(), "float32")
+        merged = load_model(written, quantization=None, dtype=source_dtype(written))
+    merged, wide = (  # weights as they are, which costs no copy of them in float32
+        Decoder.from_weights(own.config, own.weights(), "float32") for own in (merged, model)
+    )
     logits = jax.jit(lambda model, ids, adapter: model(ids, adapter=adapter))
     largest, total, same, count = 0.0, 0.0, 0, 0
     for row in ids:
