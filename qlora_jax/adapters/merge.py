@@ -34,7 +34,7 @@ class Mergeable(Protocol):
 
 
 @runtime_checkable
-class Source(Protocol):
+class Originals(Protocol):
     """Where original weights come from, one at a time, by Hugging Face name."""
 
     def read(self, name: str) -> np.ndarray:
@@ -65,7 +65,7 @@ def merged_weights(
     adapter: Adapter,
     *,
     base: str = "dequantized",
-    source: Source | None = None,
+    source: Originals | None = None,
     dtype: str | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The weights of the merged model by Hugging Face name, each made when it is asked for.
@@ -91,7 +91,7 @@ def merged_weights(
 
 
 def merge_each(
-    model: Mergeable, adapter: Adapter, source: Source | None, dtype: np.dtype
+    model: Mergeable, adapter: Adapter, source: Originals | None, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """`merged_weights` once its arguments are checked."""
     params, spec = adapter.params, adapter.spec

@@ -13,14 +13,14 @@ import numpy as np
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.merge import merged_config, merged_weights
-from qlora_jax.checkpoints.load import source_dtype
+from qlora_jax.checkpoints.load import Source, source_dtype
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES
 from qlora_jax.errors import Note, StorageError
 from qlora_jax.models import Decoder
 from qlora_jax.workflows.merge import refuse_packed
-from qlora_jax.workflows.open import Source, load_model
+from qlora_jax.workflows.open import load_model
 
 # Largest logit difference that passes, by the dtype of the merged weights. In float32 only the
 # order of sums differs; bfloat16 rounds every merged weight to 8 bits, float16 to 11.

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.atomic import refuse_existing
 from qlora_jax.checkpoints.bnb4bit import is_4bit
-from qlora_jax.checkpoints.load import Loader, Progress, load_weights, source_dtype
+from qlora_jax.checkpoints.load import Loader, Progress, Source, load_weights, source_dtype
 from qlora_jax.checkpoints.merged import save_merged
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES, Content
@@ -22,7 +22,7 @@ from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.report import Report, WeightError, measure
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.workflows.companions import companions_of, has_tokenizer
-from qlora_jax.workflows.open import Source, open_source
+from qlora_jax.workflows.open import open_source
 from qlora_jax.workflows.run_folder import as_json
 
 

@@ -10,7 +10,7 @@ from qlora_jax.checkpoints.gguf_lora import lora_metadata, lora_tensors
 from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES, model_metadata
 from qlora_jax.checkpoints.gguf_tensors import rope_tensors, specs_of, stored, weight_table
 from qlora_jax.checkpoints.gguf_write import Value, save_gguf
-from qlora_jax.checkpoints.load import Loader, Progress, source_dtype
+from qlora_jax.checkpoints.load import Loader, Progress, Source, source_dtype
 from qlora_jax.checkpoints.orbax_io import load_orbax
 from qlora_jax.data.gguf_vocabulary import gguf_vocabulary
 from qlora_jax.data.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ from qlora_jax.models import ModelConfig
 from qlora_jax.models.families import module_shapes
 from qlora_jax.workflows.companions import companions, has_tokenizer, names_tokenizer
 from qlora_jax.workflows.convert import dense_weights, refuse_taken
-from qlora_jax.workflows.open import Source, open_source
+from qlora_jax.workflows.open import open_source
 
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of a source's own dtype
 ADAPTER_TYPES = ("f32", "f16", "bf16")

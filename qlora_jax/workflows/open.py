@@ -1,12 +1,11 @@
 """Opens a model and its tokenizer from a folder or a GGUF file, and quantizes it on the way in."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pallas_kernels.nf4_matmul import preferred_layout
 from qlora_jax.checkpoints.gguf import GGUF
-from qlora_jax.checkpoints.load import load_weights
+from qlora_jax.checkpoints.load import OnWeight, Progress, Source, load_weights
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
@@ -16,10 +15,8 @@ from qlora_jax.workflows.hub import local_path, why_missing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Source = Shards | GGUF
 
-
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> Shards | GGUF:
     """The checkpoint at `path`: a Hugging Face folder, 4-bit or not, a GGUF file, or a Hub id.
 
     Raises:
@@ -54,8 +51,8 @@ def load(
     double_quant: bool = True,
     block_size: int = 64,
     dtype: str = "bfloat16",
-    progress: Callable | None = None,
-    on_weight: Callable | None = None,
+    progress: Progress | None = None,
+    on_weight: OnWeight | None = None,
 ) -> tuple[Decoder, "PreTrainedTokenizerFast"]:
     """A frozen model and its tokenizer.
 
@@ -100,8 +97,8 @@ def load_model(
     *,
     quantization: QuantizationConfig | None,
     dtype: str = "bfloat16",
-    progress: Callable | None = None,
-    on_weight: Callable | None = None,
+    progress: Progress | None = None,
+    on_weight: OnWeight | None = None,
 ) -> Decoder:
     """The model of an opened checkpoint; see `load`."""
     config = ModelConfig.from_dict(source.config, str(source.path))

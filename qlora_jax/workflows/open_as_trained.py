@@ -1,24 +1,23 @@
 """Opens a base as its adapter was trained on it: quantized the same way, in the same dtype."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_jax.checkpoints.bnb4bit import is_4bit
 from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.load import Progress, Source
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.workflows.adapter_folder import trained_with
 from qlora_jax.workflows.companions import companions, has_tokenizer
-from qlora_jax.workflows.open import Source, load_model, open_source
+from qlora_jax.workflows.open import load_model, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Progress = Callable[[int, int, str], None]
 KINDS = ("auto", "none", "nf4", "fp4", "int4")
 
 

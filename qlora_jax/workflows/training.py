@@ -15,6 +15,7 @@ from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.init import init_adapter
 from qlora_jax.adapters.spec import LoraSpec, make_spec
 from qlora_jax.checkpoints.gguf import GGUF
+from qlora_jax.checkpoints.load import Progress, Source
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.load import load_dataset
 from qlora_jax.data.tokenizer import load_tokenizer
@@ -24,7 +25,7 @@ from qlora_jax.models.families import module_shapes
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.adapter_folder import load_adapter
-from qlora_jax.workflows.open import Source, load_model, open_source
+from qlora_jax.workflows.open import load_model, open_source
 from qlora_jax.workflows.run_folder import refuse_used
 from qlora_jax.workflows.trainer import Trainer
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAX_TEMPLATE_BYTES = 64 << 10
-Progress = Callable[[int, int, str], None]
 
 
 def open_run(
