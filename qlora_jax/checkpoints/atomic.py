@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 def appearing(path: Path, inside: str = "") -> Iterator[Path]:
     """Yields what becomes `path`: a claimed folder or, with `inside`, a name within one."""
     refuse_existing(path)
-    made = [parent for parent in path.parents if not parent.exists()]
+    made = [parent for parent in path.parents if not os.path.lexists(parent)]
     done = False
     with storage_errors(path):
         try:
@@ -100,7 +101,7 @@ def claimed(path: Path) -> Iterator[Path]:
     """A new locked folder beside `path`; those that dead writers left are removed first."""
     with locked(path.parent):
         for old in path.parent.iterdir():
-            if old.name.startswith(f".{path.name}.") and old.suffix == ".tmp" and abandoned(old):
+            if is_temporary(old.name, path) and abandoned(old):
                 shutil.rmtree(old)
         temporary = path.with_name(temporary_name(path))
         temporary.mkdir()
@@ -118,6 +119,11 @@ def claimed(path: Path) -> Iterator[Path]:
 def temporary_name(path: Path) -> str:
     """A name beside `path` that says whose it is."""
     return f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
+def is_temporary(name: str, path: Path) -> bool:
+    """Whether `temporary_name` may have made a name; `.model.old.tmp` is a user's."""
+    return re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp", name) is not None
 
 
 def abandoned(folder: Path) -> bool:
@@ -175,7 +181,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+        place = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
         free = f"{shutil.disk_usage(place).free / 1e9:.3g} GB free"
         if error.errno in FULL:
             hint = "free some space and run it again; nothing is left half-written"

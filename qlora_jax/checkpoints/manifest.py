@@ -5,9 +5,11 @@ byte of it shows; it is written last. Formats that others own do not notice a fl
 an Orbax data file, 60 were restored silently).
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         version = f"format version {version}"
         raise InputError("ORB-VERSION", str(path), version, str(VERSION), "a newer qlora-jax")
     return found
+
+
+@contextlib.contextmanager
+def understood(folder: str | Path) -> Iterator[None]:
+    """A manifest whose digest is right may still be forged; what it cannot mean is one error.
+
+    Raises:
+      StorageError: ORB-MANIFEST.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = "describes nothing that save_orbax writes"
+        raise StorageError("ORB-MANIFEST", str(Path(folder) / NAME), found, hint=DAMAGED) from error
 
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from qlora_jax.checkpoints.manifest import (
     DAMAGED,
     array_digest,
     read_manifest,
+    understood,
     verify_files,
     write_manifest,
 )
@@ -82,11 +83,16 @@ def load_orbax(path: str | Path, like: Any = None) -> Any:
 
 def load_with_metadata(path: str | Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     """`load_orbax`, and the metadata that was saved with the tree."""
-    folder = Path(path)
+    with understood(path):
+        return load_described(Path(path), like)
+
+
+def load_described(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """`load_with_metadata`, of a manifest that is believed."""
     manifest = read_manifest(folder)
     wanted = describe(like)[1] if like is not None else {}
     if like is not None:
-        refuse_other(manifest, like, str(path))
+        refuse_other(manifest, like, str(folder))
     verify_files(folder, manifest)
     arrays = verified_arrays(folder, manifest)
     leaves = {

@@ -80,8 +80,10 @@ def rebuild(description: dict[str, Any], leaves: dict[str, Any]) -> Any:
     if "list" in description or "tuple" in description:
         return (list if "list" in description else tuple)(built.values())
     if cls := KNOWN.get(description.get("class")):
-        static = description.get("static", {})
-        return cls(**built, **{key: unpack(value) for key, value in static.items()})
+        static = {key: unpack(value) for key, value in description.get("static", {}).items()}
+        if cls is Adapter and not isinstance(static["spec"], LoraSpec):
+            raise TypeError("an adapter without a LoraSpec")
+        return cls(**built, **static)
     return built
 
 

@@ -82,18 +82,20 @@ def holds_adapter(path: str) -> bool:
     Raises:
       InputError: EXPORT-ORBAX, an Orbax checkpoint of something else.
     """
-    from qlora_jax.checkpoints.manifest import NAME, read_manifest
+    from qlora_jax.checkpoints.manifest import NAME, read_manifest, understood
     from qlora_jax.checkpoints.peft import CONFIG
 
     if Path(path, CONFIG).exists():
         return True
     if not Path(path, NAME).is_file():
         return False
-    manifest = read_manifest(path)
-    if manifest["tree"].get("class") == "Adapter":
+    with understood(path):
+        manifest = read_manifest(path)
+        is_adapter = manifest["tree"].get("class") == "Adapter"
+        model = manifest["metadata"].get("model")
+    if is_adapter:
         return True
     found = "is an Orbax checkpoint of arrays without an adapter or a config.json"
-    model = manifest["metadata"].get("model")
     hint = f"the model that it was made from, {model}" if model else ""
     raise InputError("EXPORT-ORBAX", path, found, "a model or an adapter", hint)
 

@@ -61,7 +61,10 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.prompt is None and sys.stdin.isatty():
         print("prompt, then Ctrl-D:", file=sys.stderr)
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read().rstrip("\n")
+    try:
+        prompt = args.prompt if args.prompt is not None else sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError("DATA-UTF8", "stdin", f"is not UTF-8 at byte {error.start}") from None
     if not prompt:
         raise InputError("GEN-EMPTY", "prompt", "no text", "a prompt", "--prompt TEXT")
     with bar("loading the model") as progress:

@@ -82,7 +82,7 @@ def rows(found: "Description") -> Iterator[tuple[str, ...]]:
     """One row a weight."""
     for weight in found.weights:
         shape = " x ".join(map(str, weight.shape))
-        bits = f"{8 * weight.nbytes / weight.parameters:.2f}"
+        bits = f"{8 * weight.nbytes / max(1, weight.parameters):.2f}"
         yield weight.name, str(weight.layers), shape, weight.stored, bits, size(weight.nbytes)
 
 

@@ -5,6 +5,7 @@ A command is a module of this folder with two functions: `arguments(parser)` dec
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from qlora_jax.errors import InputError, Note, QloraError, listed, nearest
+from qlora_jax.errors import InputError, Note, QloraError, StorageError, listed, nearest
 
 COMMANDS = {
     "train": "fine-tune an adapter on a 4-bit model, as a configuration file says",
@@ -29,6 +30,7 @@ COMMANDS = {
 
 USAGE = "usage: qlora-jax COMMAND ...      (qlora-jax COMMAND --help says more)"
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `qlora-jax ... | head` is no error. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if "--debug" in argv:
+            raise
+        told = system_error(error)
+        print(told, file=sys.stderr)
+        return told.exit_code
+
+
+def system_error(error: OSError) -> QloraError:
+    """What the system refused about a path: it is too long, in a folder without permission."""
+    where, found = error.filename or "system", f"{error.strerror or error}"
+    if error.errno in (*FULL, errno.EIO):
+        return StorageError("OUT-WRITE", where, found)
+    return InputError("FILE-READ", where, f"cannot be used: {found}", hint="another path")
 
 
 def shown(otherwise: Callable) -> Callable:

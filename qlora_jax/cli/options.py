@@ -92,6 +92,8 @@ def byte_size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} (expected a size such as 2GB or 500MB)")
     number, unit = match.groups()
+    if len(number) > 15:  # not exact as a float, or too large for one
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}... (expected at most 15 digits)")
     base = 1024 if unit.endswith("i") else 1000
     count = int(float(number) * base ** (1 + "kmgt".index(unit[0])))
     if count < 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_jax.data.chat import encode_chat, template_of
-from qlora_jax.data.formats import Fields, Format, Prompt
+from qlora_jax.data.formats import Fields, Format, Prompt, check_text
 from qlora_jax.data.packing import TokenSequence
 from qlora_jax.errors import InputError
 
@@ -36,7 +36,12 @@ class TextEncoder:
         self.feed = feed if spaced else []
 
     def plain(self, text: str) -> list[int]:
-        """Ids of the text alone, whatever its length."""
+        """Ids of the text alone, whatever its length.
+
+        Raises:
+          InputError: DATA-UTF8 for half of a surrogate pair, DATA-NUL for a NUL.
+        """
+        check_text(text, "text", "tokenizer", of="the")
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def start(self, text: str) -> list[int]:

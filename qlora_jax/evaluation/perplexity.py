@@ -60,6 +60,7 @@ def perplexity(
       NonFinite: a batch has a loss that is NaN or infinite.
     """
     if isinstance(data, Dataset):
+        batch_size = min(batch_size, max(1, len(data)))
         loader = Loader(data, batch_size, seed=0, shuffle=False)
         batches, in_all = loader.epoch(0), len(loader)
     else:
@@ -111,6 +112,7 @@ def checked_windows(data: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def window_batches(data: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of equal shape; the last one is filled up with rows that count nothing."""
+    batch_size = min(batch_size, len(data))
     for start in range(0, len(data), batch_size):
         rows = data[start : start + batch_size]
         batch = empty_rows(batch_size, data.shape[1])

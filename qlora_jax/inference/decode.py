@@ -49,6 +49,8 @@ def generate_tokens(
       NonFinite: the model's logits are NaN or infinite.
     """
     check_prompt(model, prompt, max_new_tokens)
+    if not -(2**63) <= seed < 2**63:
+        raise InputError("GEN-SAMPLING", "seed", f"{seed}", "a whole number of 64 bits")
     pieces = prompt_pieces(prompt)
     room = max(sum(len(ids) for ids, _ in pieces), len(prompt) + max_new_tokens)
     cache = KVCache.create(model.config, 1, -(-room // ROOM) * ROOM, model.dtype)

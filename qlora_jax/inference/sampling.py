@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import InputError
 
+LARGEST = 3.4e38  # in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -38,14 +40,14 @@ class Sampling:
 
     def __post_init__(self):
         ranges = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number, 0 or more"),
+            "temperature": (0 <= self.temperature <= LARGEST, "a finite number, 0 or more"),
             "top_k": (
                 self.top_k >= 0 and self.top_k == int(self.top_k),
                 "a whole number, 0 is off",
             ),
             "top_p": (0 < self.top_p <= 1, "over 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "finite, over 0"),
+            "repetition_penalty": (0 < self.repetition_penalty <= LARGEST, "finite, over 0"),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:

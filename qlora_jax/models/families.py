@@ -84,7 +84,7 @@ GEMMA: dict[str, Any] = {
     },
     "options": (
         *("attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
-        *("attn_logit_softcapping", "final_logit_softcapping", "hidden_act"),
+        *("final_logit_softcapping", "hidden_act"),
     ),
     "activation": "gelu_tanh",
     "post_norms": True,
@@ -141,6 +141,7 @@ FAMILIES = {
                     "attn_logit_softcapping": 50.0,
                     "final_logit_softcapping": 30.0,
                 },
+                "options": (*GEMMA["options"], "attn_logit_softcapping"),
             },
             window_pattern=2,
         ),
@@ -149,6 +150,7 @@ FAMILIES = {
             **{
                 **GEMMA,
                 "defaults": {**GEMMA["defaults"], "max_position_embeddings": 131072},
+                "required": {**GEMMA["required"], "attn_logit_softcapping": (None,)},
                 "options": (
                     *GEMMA["options"],
                     *("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),

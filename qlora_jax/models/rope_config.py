@@ -49,14 +49,17 @@ def read_ropes(
     Raises:
       InputError: CFG-MODEL for a rule or a field that is unknown, missing or out of range.
     """
-    given = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
+    old, new = read.config.get("rope_scaling"), read.config.get("rope_parameters")
+    if old and new and old != new:
+        raise read.error("rope_scaling", "differs from rope_parameters", "one of the two")
+    given = new or old or {}
     if not isinstance(given, Mapping):
         raise read.error("rope_parameters", f"is {given!r:.80}", "an object")
     old_theta = read.config.get("rope_theta")
     if "rope_local_base_freq" not in family.options:
         theta = THETA if old_theta is None else old_theta
         return read_rope(read, family, {"rope_theta": theta, **given}, head_dim, longest), None
-    kinds = given if set(given) & set(KINDS) else {"full_attention": given}
+    kinds = given if new or set(given) & set(KINDS) else {"full_attention": given}
     if set(kinds) - set(KINDS):
         raise read.error("rope_parameters", f"has {listed(kinds)}", " and ".join(KINDS))
     if not all(isinstance(own or {}, Mapping) for own in kinds.values()):
@@ -103,7 +106,8 @@ def read_rope(
     if dim < 2 or dim % 2:
         raise read.error("head_dim", f"{dim} of {head_dim} channels rotate", "an even number")
     # Phi 3 has it beside rope_scaling, and there transformers believes it first.
-    original = read.config.get(ORIGINAL, given.get(ORIGINAL))
+    original = read.config.get(ORIGINAL)
+    original = given.get(ORIGINAL) if original is None else original
     fields.config = {**given, ORIGINAL: longest if original is None else original}
     return BUILDERS[rule](fields, common, dim, longest)
 

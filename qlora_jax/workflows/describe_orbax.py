@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.checkpoints.manifest import read_manifest
+from qlora_jax.checkpoints.manifest import read_manifest, understood
 from qlora_jax.checkpoints.names import LAYERS
 from qlora_jax.checkpoints.orbax_io import ARRAYS
 from qlora_jax.checkpoints.trees import unpack
@@ -24,7 +24,12 @@ def describe_orbax(folder: Path) -> Description:
     Raises:
       InputError, StorageError: ORB-..., the manifest is missing, damaged, or of a later version.
     """
-    manifest = read_manifest(folder)
+    with understood(folder):
+        return described(folder, read_manifest(folder))
+
+
+def described(folder: Path, manifest: dict[str, Any]) -> Description:
+    """What a manifest that is believed says."""
     tree = manifest["tree"]
     facts, targets = dict(manifest["metadata"]), []
     is_adapter = tree.get("class") == Adapter.__name__

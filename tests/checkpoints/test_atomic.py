@@ -115,6 +115,22 @@ def test_removes_what_a_killed_writer_left_and_only_that(tmp_path, new):
             writer.stdout.close()
 
 
+def test_a_folder_of_the_user_with_such_a_name_stays(tmp_path):
+    names = [".out.old.tmp", ".out.0123abcd.bak.tmp", ".out.tmp"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "out"])
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path):
+    path = tmp_path / ("o" * 300) / "out"
+    with pytest.raises(StorageError, match=r"OUT-WRITE.*File name too long"), new_folder(path):
+        pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == []
+
+
 def test_disk_full_is_told_with_the_path(tmp_path, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")

@@ -181,6 +181,12 @@ BAD = {
         "W-TIED",
         "lm_head.weight: differs from model.embed",
     ),
+    "a number as tied head": (
+        lambda t: t.update({"lm_head.weight": np.array(1.0, np.float32)}),
+        {"tie_word_embeddings": True},
+        "W-TIED",
+        "lm_head.weight: differs from model.embed",
+    ),
     "other method": (
         None,
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},

@@ -52,6 +52,7 @@ CASES = {
     "export model o.gguf --format gguf --type f32 --dtype bfloat16": ("EXPORT-TYPE", "bf16"),
     # --shard-size
     "export model out --format hf --shard-size 2": ("CLI-ARGS", "'2'", "2GB or 500MB"),
+    f"export model out --format hf --shard-size {'9' * 400}GB": ("CLI-ARGS", "15 digits"),
     "export model out --format hf --shard-size two": ("CLI-ARGS", "'two'", "2GB or 500MB"),
     "export model out --format hf --shard-size 0GB": ("CLI-ARGS", "'0GB'", "more than 0"),
     "export model out --format hf --shard-size -2GB": ("CLI-ARGS", "--shard-size"),
@@ -90,6 +91,11 @@ CASES = {
     "merge run out --model model --tolerance 0": ("MERGE-TOLERANCE", "0"),
     "merge run out --model model --tolerance nan": ("MERGE-TOLERANCE", "nan"),
     "merge run out --model model-4bit --base original": ("MERGE-ORIGINAL", "model-4bit", "--base"),
+    # names that the system refuses
+    f"inspect {'a' * 300}": ("FILE-READ", "File name too long"),
+    f"export {'a' * 300} out --format hf": ("FILE-READ", "File name too long"),
+    f"quantize {'a' * 300} out": ("FILE-READ", "File name too long"),
+    f"merge {'a' * 300} out --model model": ("FILE-READ", "File name too long"),
     # inspect
     "inspect": ("CLI-ARGS", "path"),
     "inspect nowhere": ("MODEL-MISSING", "nowhere"),

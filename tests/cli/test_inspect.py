@@ -3,12 +3,17 @@
 import importlib.util
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from qlora_jax.checkpoints.manifest import write_manifest
+from qlora_jax.checkpoints.orbax_io import load_orbax, save_orbax
 from qlora_jax.cli.main import main
+from qlora_jax.errors import StorageError
 from qlora_jax.workflows.describe import describe
 from tests.checkpoints.torch_writer import torch_bytes
 from tests.cli.converted import write_home
@@ -185,6 +190,41 @@ def test_a_damaged_manifest_is_named(home, tmp_path, capsys):
     path.write_bytes(path.read_bytes().replace(b"lora_alpha", b"lora_alphb"))
     assert main(["inspect", str(tmp_path / "run")]) == 5
     assert capsys.readouterr().err.startswith("error[ORB-MANIFEST]")
+
+
+FORGED = {
+    "no tree": {"tree": None},
+    "a list": {"tree": []},
+    "no spec": {"tree": {"class": "Adapter", "items": []}},
+    "another spec": {"tree": {"class": "Adapter", "items": [], "static": {"spec": 5}}},
+    "unknown fields": {
+        "tree": {"class": "Adapter", "items": [], "static": {"spec": {"LoraSpec": {"x": 1}}}}
+    },
+    "no leaves": {"leaves": {}},
+    "leaves in a list": {"leaves": []},
+    "metadata": {"metadata": 5},
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_manifest_is_named(case, home, tmp_path, capsys):
+    shutil.copytree(home / "orbax-run", tmp_path / "run")
+    path = tmp_path / "run" / "manifest.json"
+    content = json.loads(path.read_text())
+    kept = {key: content[key] for key in ("tree", "leaves", "metadata")}
+    write_manifest(path.parent, kept | FORGED[case])
+    assert main(["inspect", str(path.parent)]) == 5
+    error = capsys.readouterr().err
+    assert error.startswith("error[ORB-MANIFEST]")
+    assert error.count("\n") == 1
+    with pytest.raises(StorageError, match="ORB-MANIFEST") if case != "metadata" else nullcontext():
+        load_orbax(path.parent)
+
+
+def test_a_weight_without_numbers(tmp_path, capsys):
+    save_orbax(tmp_path / "o", {"empty": np.zeros((0, 3), np.float32)})
+    assert main(["inspect", str(tmp_path / "o")]) == 0
+    assert "0 parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])

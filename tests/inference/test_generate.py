@@ -187,6 +187,9 @@ def test_what_cannot_be_generated_is_refused():
     refused(r"'<end>' is not a token .*Try: <\|end\|>", stop_tokens=["<end>"])
     refused(r"chat=True for messages", [{"role": "user", "content": "a"}])
     refused(r"temperature: -1", temperature=-1)
+    refused(r"temperature: 1e\+40", temperature=1e40)
+    refused(r"seed: \d+ \(expected a whole number of 64 bits", seed=2**70)
+    refused(r"DATA-UTF8", "half \ud800")
 
 
 def test_logits_that_are_not_finite_stop_generation():

@@ -62,6 +62,10 @@ def test_layers_that_are_alike_share_one_rotation():
     assert (whole.rope.theta, whole.local_rope, whole.scores.window) == (1e6, None, None)
 
 
+def test_an_original_length_of_null_is_none():
+    assert read("llama3_rope", original_max_position_embeddings=None) == read("llama3_rope")
+
+
 def test_gemma_has_defaults_of_its_own():
     bare = read("gemma2", tie_word_embeddings=..., attn_logit_softcapping=..., head_dim=...)
     assert bare.tie_word_embeddings
@@ -98,6 +102,13 @@ def test_gemma_has_defaults_of_its_own():
         ("gemma3", {"rope_parameters": {"full_attention": 5}}, "rope_parameters: has {'full_att"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: is '0.0'"),
         ("gemma3", {"layer_types": ..., "_sliding_window_pattern": 0}, "sliding_window_pattern:"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: '50.0'"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters: has rope_type"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_scaling: differs from rope_parameters",
+        ),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias:"),
         ("phi3", {"full_attn_mod": 2}, "full_attn_mod:"),
     ],
