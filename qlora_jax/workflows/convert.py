@@ -4,7 +4,7 @@ One weight is in memory at a time, and the next one is read meanwhile.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,9 @@ def quantize_checkpoint(
             progress=progress,
             on_weight=(lambda *weight: errors.append(measure(*weight))) if report else None,
         )
-        files: dict[str, Content] = companions_of(source)
-        save_quantized(
-            loader.plan(),
-            loader.weights(),
-            source.config,
-            out,
-            extra_files={**files, **(report_files(errors) if report else {})},
-            shard_bytes=shard_bytes,
-        )
-    return Report(tuple(errors)) if report else None, has_tokenizer(files)
+        more = report_files(errors) if report else {}
+        copied = write_4bit(loader, out, shard_bytes, more)
+    return Report(tuple(errors)) if report else None, copied
 
 
 def bnb_checkpoint(
@@ -107,15 +100,26 @@ def bnb_checkpoint(
         if any(state.kind == "int4" for state in loader.states.values()):
             found, hint = "holds int4, which bitsandbytes does not read", "--format hf"
             raise InputError("W4-INT4", path, found, "nf4 or fp4", hint)
-        files = companions_of(source)
-        save_quantized(
-            loader.plan(),
-            loader.weights(),
-            source.config,
-            out,
-            extra_files=files,
-            shard_bytes=shard_bytes,
-        )
+        return write_4bit(loader, out, shard_bytes)
+
+
+def write_4bit(
+    loader: Loader, out: str | Path, shard_bytes: int, more: Mapping[str, Content] | None = None
+) -> bool:
+    """A loader's weights, 4-bit and dense, with the tokenizer and `more` beside them.
+
+    Returns:
+      Whether a tokenizer was copied.
+    """
+    files = companions_of(loader.source)
+    save_quantized(
+        loader.plan(),
+        loader.weights(),
+        loader.source.config,
+        out,
+        extra_files={**files, **(more or {})},
+        shard_bytes=shard_bytes,
+    )
     return has_tokenizer(files)
 
 
