@@ -77,11 +77,12 @@ class WeightFile:
     """
 
     area = ""  # what its error codes begin with
+    missing = ""  # the code for no such file, if it is not AREA-MISSING
     ending = ""  # of its name
 
     def __init__(self, path: Path, where: str):
         self.where = where
-        self.file = open_regular(path, missing=f"{self.area}-MISSING")
+        self.file = open_regular(path, missing=self.missing or f"{self.area}-MISSING")
         try:
             self.stamp = self.size_and_time()
             self.entries = self.read_entries()
@@ -118,7 +119,10 @@ class WeightFile:
         return status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
-        os.close(self.file)
+        """Closes the file; closing twice is allowed."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
 
 
 def bytes_of(array: np.ndarray) -> memoryview:

@@ -7,13 +7,12 @@ Packed bytes are read and unpacked in pieces of a few MB, so that a tensor costs
 and little more.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.files import open_regular
+from qlora_jax.checkpoints.files import WeightFile, bytes_of
 from qlora_jax.checkpoints.gguf_blocks import Block
 from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config, refuse_what_is_no_model
 from qlora_jax.checkpoints.gguf_header import Tensor, read_header
@@ -27,7 +26,7 @@ PIECE = 4 << 20  # bytes of packed weights in memory at once
 MAX_FACTORS = 1 << 16  # rotary factors, one for each pair of a head's channels
 
 
-class GGUF:
+class GGUF(WeightFile):
     """A GGUF file (versions 2 and 3), checked when opened; weights have Hugging Face's names.
 
     Attributes:
@@ -39,24 +38,24 @@ class GGUF:
       InputError: GG-... for a file that is damaged, hostile, or of an unknown architecture.
     """
 
+    area, missing = "GG", "GG-FILE"
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.where = str(path)
-        self.file = open_regular(self.path, missing="GG-FILE")
-        try:
-            self.opened = self.stamp()
-            header = read_header(self.file, self.opened[0], self.where)
-            self.tensors, self.metadata = header.tensors, header.metadata
-            self.spans = header.spans
-            keys = Keys(self.metadata, self.where)
-            refuse_what_is_no_model(keys)
-            architecture = keys.architecture
-            self.row = ARCHITECTURES[architecture]
-            self.gguf_names = names_in_file(self.tensors, architecture, self.where)
-            self.config = self.checked_config()
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(self.path, str(path))
+
+    def read_entries(self) -> dict[str, Tensor]:
+        """The file's tensors by its own names."""
+        header = read_header(self.file, self.stamp[0], self.where)
+        self.tensors, self.metadata = header.tensors, header.metadata
+        self.spans = header.spans
+        keys = Keys(self.metadata, self.where)
+        refuse_what_is_no_model(keys)
+        architecture = keys.architecture
+        self.row = ARCHITECTURES[architecture]
+        self.gguf_names = names_in_file(self.tensors, architecture, self.where)
+        self.config = self.checked_config()
+        return self.tensors
 
     def checked_config(self) -> dict[str, Any]:
         """config.json's content; every weight that it asks for is there, and no other."""
@@ -83,7 +82,9 @@ class GGUF:
     def encoded(self, key: str) -> bytes:
         """A metadata value as it lies in the file, its type included."""
         start, end = self.spans[key]
-        return os.pread(self.file, end - start, start)
+        value = np.empty(end - start, np.uint8)
+        self.fill(bytes_of(value), start)
+        return value.tobytes()
 
     def rope_factors(self, name: str) -> np.ndarray:
         """A small tensor that is no weight."""
@@ -134,18 +135,12 @@ class GGUF:
         packed = np.empty((min(step, count), block.nbytes), np.uint8)
         for start in range(0, count, step):
             piece = packed[: min(step, count - start)]
-            self.fill(piece, tensor.offset + start * block.nbytes)
+            self.fill(bytes_of(piece), tensor.offset + start * block.nbytes)
             values = out[start : start + len(piece)]
             with np.errstate(invalid="ignore", over="ignore"):  # a scale that is Inf or NaN
                 block.unpack(piece, values)
             self.check_finite(values, start * block.values, gguf_name, block)
-        if self.stamp() != self.opened:
-            raise InputError("GG-CHANGED", self.where, "the file changed while it was read")
         return out.reshape(tensor.shape)
-
-    def fill(self, piece: np.ndarray, offset: int) -> None:
-        if os.preadv(self.file, [piece], offset) != piece.nbytes:
-            raise InputError("GG-CHANGED", self.where, "the file shrank while it was read")
 
     def check_finite(self, values: np.ndarray, start: int, gguf_name: str, block: Block) -> None:
         finite = np.isfinite(values)
@@ -153,16 +148,6 @@ class GGUF:
             index = int(np.argmin(finite.reshape(-1)))
             found = f"{values.reshape(-1)[index]} at value {start + index} ({block.name})"
             raise InputError("GG-NAN", f"{self.where}: {gguf_name}", found, "finite weights")
-
-    def stamp(self) -> tuple[int, int]:
-        state = os.fstat(self.file)
-        return state.st_size, state.st_mtime_ns
-
-    def close(self) -> None:
-        """Closes the file; closing twice is allowed."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
 
     def __enter__(self) -> "GGUF":
         return self

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.checkpoints.files import refuse_foreign
 from qlora_jax.checkpoints.gguf_blocks import BLOCKS, UNREAD, Block
 from qlora_jax.errors import InputError, listed
 
@@ -144,17 +145,10 @@ def read_header(fd: int, size: int, where: str) -> Header:
 
 def read_version(cursor: Cursor) -> int:
     """2 or 3; what is no GGUF file at all is named here."""
-    start = os.pread(cursor.fd, 64, 0)
-    if not start:
-        raise InputError("GG-EMPTY", cursor.where, "the file is empty")
-    if start.startswith(b"version https://git-lfs"):
-        found = f"is a Git-LFS pointer ({cursor.size} bytes), not weights"
-        raise InputError("GG-LFS", cursor.where, found, hint="git lfs pull")
-    if start.lstrip()[:1] == b"<":
-        found = "is a web page, not weights"
-        raise InputError("GG-HTML", cursor.where, found, hint="download the file itself")
-    if cursor.take(4, "the magic") != b"GGUF":
-        raise InputError("GG-MAGIC", cursor.where, f"starts with {start[:4]!r}", "b'GGUF'")
+    if os.pread(cursor.fd, 4, 0) != b"GGUF":
+        refuse_foreign(cursor.fd, cursor.where, "GG")
+    if (magic := cursor.take(4, "the magic")) != b"GGUF":
+        raise InputError("GG-MAGIC", cursor.where, f"starts with {magic!r}", "b'GGUF'")
     version = cursor.number("I", "the version")
     if version and not version & 0xFFFF:
         raise InputError("GG-ENDIAN", cursor.where, "is big-endian", "a little-endian GGUF file")

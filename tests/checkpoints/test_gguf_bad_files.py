@@ -238,7 +238,7 @@ def test_messages_use_plain_words(opened):
     )
     for build in (cut(12), cut(24), lambda: tiny().tobytes()[:-1]):
         assert "truncated" in message(build)
-    assert "is a Git-LFS pointer (71 bytes), not weights. Try: git lfs pull." in message(
+    assert "is a Git-LFS pointer (71 bytes), not weights of 0.0984 GB. Try: git" in message(
         lambda: LFS
     )
     assert "GGUF version 4 (expected 2 or 3)" in message(with_field(version=4))
@@ -290,6 +290,16 @@ def test_a_file_that_changes_while_open_is_an_error(tmp_path, size):
         with pytest.raises(InputError) as caught:
             source.read("model.norm.weight")
     assert caught.value.code == "GG-CHANGED"
+
+
+def test_a_short_read_goes_on(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny().tobytes())
+    with GGUF(path) as source:
+        whole = source.read("model.norm.weight")
+        real = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][:7]], at))
+        np.testing.assert_array_equal(source.read("model.norm.weight"), whole)
 
 
 def test_a_refused_file_is_closed_again(tmp_path):
