@@ -105,4 +105,5 @@ def check_range(values: np.ndarray, out: np.ndarray, kind: str, where: str) -> N
     if place is not None:
         block = values[place]
         found = f"{block[np.abs(block).argmax()]} is too large for {kind}"
-        raise InputError("GG-RANGE", where, found, hint="the type bf16 or f32")
+        hint = {"F32": "", "BF16": "the type f32"}.get(kind, "the type bf16 or f32")
+        raise InputError("GG-RANGE", where, found, hint=hint)

@@ -99,5 +99,8 @@ def test_what_is_too_large_is_refused_by_name(kind, value, fits):
     values[1, 40] = -fits
     ours(values, kind)
     values[1, 40] = -value
-    with pytest.raises(InputError, match=rf"error\[GG-RANGE\]: t: -.* is too large for {kind}\."):
+    found = rf"error\[GG-RANGE\]: t: -.* is too large for {kind}\."
+    with pytest.raises(InputError, match=found) as caught:
         ours(values, kind)
+    wider = {"F32": "", "BF16": "the type f32"}.get(kind, "the type bf16 or f32")
+    assert caught.value.hint == wider
