@@ -294,6 +294,8 @@ class Machine:
         if end > storage.count or math.prod(shape) > storage.count:
             found = f"a tensor of shape {shape} and stride {stride} from {start} on"
             text = f"inside the {storage.count} numbers of data/{storage.key}"
+            if end <= storage.count:  # some stand for several
+                raise self.bad("PK-STRIDE", f"an expanded tensor: {found[2:]}", text, SAVE_AGAIN)
             raise self.bad("PK-STRIDE", found, text)
         return TorchEntry(storage.dtype, shape, storage, start, stride)
 

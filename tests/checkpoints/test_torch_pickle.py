@@ -200,7 +200,7 @@ BAD = {
         "PK-STRIDE",
         "stride (4611686018427387904,",
     ),
-    "stride 0": (one(tensor(SIX, 0, [7], [0])), "PK-STRIDE", "stride (0,)"),
+    "stride 0": (one(tensor(SIX, 0, [7], [0])), "PK-STRIDE", "an expanded tensor"),
     "stride 0 of 2^40": (one(tensor(SIX, 0, [2**20] * 2, [0, 0])), "PK-STRIDE", "inside the 6"),
     "a list": (whole(b"]"), "PK-STATE", "holds a value of type list"),
     "a tensor alone": (whole(GOOD), "PK-STATE", "holds a tensor"),
