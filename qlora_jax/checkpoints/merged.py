@@ -82,8 +82,7 @@ def check_name(name: str, expected: Mapping[str, Any], seen: set[str], where: st
 def dense_config(
     config: Mapping[str, Any], model_config: ModelConfig, dtype: str
 ) -> dict[str, Any]:
-    """config.json of the dense model; the dtype goes under the key that the base model used."""
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config.pop("torch_dtype", None)
-    return {**config, key: dtype, "tie_word_embeddings": model_config.tie_word_embeddings}
+    """config.json of the dense model; the dtype under transformers 5's key, and no older one."""
+    left_out = ("quantization_config", "torch_dtype")
+    config = {key: value for key, value in config.items() if key not in left_out}
+    return {**config, "dtype": dtype, "tie_word_embeddings": model_config.tie_word_embeddings}

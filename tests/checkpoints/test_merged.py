@@ -57,8 +57,8 @@ def test_the_configuration_says_the_truth(tmp_path):
     del config["dtype"], config["tie_word_embeddings"]
     save_merged(model_config, tensors, config | {"torch_dtype": "float16"}, tmp_path / "out")
     with Shards(tmp_path / "out") as written:
-        assert written.config["torch_dtype"] == "bfloat16"
-        assert "dtype" not in written.config
+        assert written.config["dtype"] == "bfloat16"
+        assert "torch_dtype" not in written.config
         assert written.config["tie_word_embeddings"] is True
 
 
