@@ -22,13 +22,10 @@ from qlora_jax.models import ModelConfig
 from qlora_jax.workflows.convert import dense_checkpoint, quantize_checkpoint
 from qlora_jax.workflows.export_gguf import export_gguf
 from qlora_jax.workflows.open import load_model, open_source
-from tests.golden_data import golden_folder
+from tests.golden_data import GOLDEN, golden_folder
 from tests.tiny_model import write_tiny_model
 
-FAMILIES = [
-    *("gemma2", "gemma3", "llama", "llama3_rope", "llama_tied", "mistral", "phi3", "qwen2"),
-    "qwen3",
-]
+FAMILIES = sorted(path.name for path in (GOLDEN / "models").iterdir() if path.is_dir())
 NO_TOKENIZER = "the source has no tokenizer, so the file has none: llama.cpp takes token ids alone"
 
 
