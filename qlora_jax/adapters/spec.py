@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.adapters.patterns import end_matches, full_matches
+from qlora_jax.adapters.patterns import PLAIN, end_matches, full_matches
 from qlora_jax.errors import InputError, listed, nearest
 
 LAYERS = "model.layers"
 SAVED = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}  # by name: module path
 MAX_RANK = 4096
+MAX_PATTERNS = 32  # that are no plain names: each is matched in a process of its own
 LARGEST_ALPHA = float(np.finfo(np.float32).max)
 
 
@@ -205,6 +206,9 @@ def first_match(
     pattern: Mapping[str, int | float], paths: list[str], default: int | float, where: str
 ) -> dict[str, int | float]:
     """The value for each path: of the first key that matches its end, else `default`."""
+    if sum(not PLAIN.fullmatch(key) for key in pattern) > MAX_PATTERNS:
+        found, expected = "too many regular expressions", f"at most {MAX_PATTERNS} beside names"
+        raise InputError("LORA-REGEX", where, found, expected)
     values = dict.fromkeys(paths, default)
     for key, value in reversed(pattern.items()):
         hits = [p for p, hit in zip(paths, end_matches(key, paths, where), strict=True) if hit]

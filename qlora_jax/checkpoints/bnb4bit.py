@@ -196,7 +196,7 @@ def check_state(fields: dict[str, Any], key: str, where: str) -> QuantState:
     """The JSON of one weight, every field there and in range, no other field."""
 
     def refuse(field: str, expected: str) -> NoReturn:
-        text = f"quant_state: {field} is {fields.get(field, 'missing')!r}"
+        text = f"quant_state: {field} is {fields.get(field, 'missing')!r:.80}"
         raise wrong("W4-STATE", where, text, expected)
 
     def one_of(field: str, *choices: Any) -> Any:
@@ -213,7 +213,7 @@ def check_state(fields: dict[str, Any], key: str, where: str) -> QuantState:
     block_size = one_of("blocksize", *BLOCK_SIZES)
     dtype = one_of("dtype", *DENSE_DTYPES)
     shape = fields.get("shape")
-    if type(shape) is not list or [type(n) for n in shape] != [int, int] or min(shape) < 1:
+    if type(shape) is not list or [type(n) for n in shape] != [int, int] or not in_range(shape):
         refuse("shape", "[out, in]")
     offset = None
     if nested:
@@ -223,6 +223,11 @@ def check_state(fields: dict[str, Any], key: str, where: str) -> QuantState:
         if type(offset) is not float or not abs(offset) <= FLOAT32_MAX:
             refuse("nested_offset", "a finite float32")
     return QuantState(kind, block_size, dtype, tuple(shape), offset)
+
+
+def in_range(shape: list[int]) -> bool:
+    """Whether each size is one that a matrix has."""
+    return all(0 < size < 1 << 31 for size in shape)
 
 
 def read_packed(
@@ -251,8 +256,10 @@ def read_packed(
             source.read_into(f"{name}.nested_absmax", nested[i])
         on_read(name)
     key, scales = ("absmax", absmax) if first.offset is None else ("nested_absmax", nested)
-    for name, values in zip(names, scales, strict=True):
-        check_finite(values.reshape(-1), str(source.path), f"{name}.{key}")
+    for name, values, state in zip(names, scales, states, strict=True):
+        with np.errstate(over="ignore"):  # the largest scale that the offset leaves
+            largest = np.abs(values) + np.float32(abs(state.offset or 0.0))
+        check_finite(largest.reshape(-1), str(source.path), f"{name}.{key}")
     if first.offset is not None:
         offsets = np.array([state.offset for state in states], np.float32)
         absmax = DoubleQuantized(absmax, nested, offsets)

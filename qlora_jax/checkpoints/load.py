@@ -152,10 +152,7 @@ class Loader:
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         state = self.states.get(name)
         shape = state.shape if state else tuple(self.source.shape(name))
-        if shape != tuple(expected):
-            where, found = f"{self.where}: {name}", f"has the shape {shape}"
-            hint = "the config.json that belongs to these weights"
-            raise InputError("W-SHAPE", where, found, f"shape {tuple(expected)}", hint)
+        refuse_other_shape(f"{self.where}: {name}", shape, expected)
         if state and name == EMBEDDINGS:
             raise InputError("W4-MIXED", f"{self.where}: {name}", "is 4-bit", "dense embeddings")
         if not state and self.source.dtype(name) not in EXPONENTS:
@@ -303,6 +300,13 @@ def kind_of(state: QuantState | None) -> str:
         return "dense"
     double = "single" if state.offset is None else "double"
     return f"{state.kind}, block {state.block_size}, {double} quantization, of {state.dtype}"
+
+
+def refuse_other_shape(where: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """A weight has the shape that config.json says."""
+    if shape != tuple(expected):
+        found, hint = f"has the shape {shape}", "the config.json that belongs to these weights"
+        raise InputError("W-SHAPE", where, found, f"shape {tuple(expected)}", hint)
 
 
 def refuse_other_quantization(state: QuantState, asked: QuantizationConfig, where: str) -> None:

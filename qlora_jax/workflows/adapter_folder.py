@@ -74,12 +74,13 @@ def load_adapter(path: str | Path, model: Decoder, *, any_base: bool = False) ->
     adapter = peft.load_adapter(path, model)
     saved, own = peft.read_extra(path), base_facts(model)
     alike = all(saved.get(key) == own[key] for key in ("dtype", "quantization"))
+    base = str(saved.get("base", own["base"]))
     # Loaded in another dtype, the same model has another fingerprint: nothing to compare.
-    if alike and saved["base"] != own["base"] and not any_base:
+    if alike and base != own["base"] and not any_base:
         raise ConfigMismatch(
             "PEFT-BASE",
             path,
-            f"was trained on another base: fingerprint {saved['base'][:12]}, this model has "
+            f"was trained on another base: fingerprint {base[:12]}, this model has "
             f"{own['base'][:12]}",
             "the model that it was trained on",
             "that model, or --any-base",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qlora_jax.checkpoints.bnb4bit import QuantState, is_4bit, read_states
 from qlora_jax.checkpoints.gguf import GGUF
-from qlora_jax.checkpoints.load import source_dtype
+from qlora_jax.checkpoints.load import refuse_other_shape, source_dtype
 from qlora_jax.checkpoints.names import name_table, split
 from qlora_jax.checkpoints.peft import read_extra
 from qlora_jax.checkpoints.safetensors_header import Entry
@@ -35,15 +35,22 @@ def describe_model(path: str | Path) -> Description:
             states = read_states(source)
         beside = beside_of(source.names(), states)
         own = [name for name in source.names() if name not in beside]
-        table = name_table(own, weight_shapes(config), config.num_hidden_layers, str(path))
-        names = [name for row in table.values() for name in row]
+        shapes = weight_shapes(config)
+        table = name_table(own, shapes, config.num_hidden_layers, str(path))
+        rows = {
+            name: stored_weight(source, name, states, beside)
+            for row in table.values()
+            for name in row
+        }
+        for name, row in rows.items():
+            refuse_other_shape(f"{path}: {name}", row.shape, shapes[split(name)[0]])
         facts = {key: getattr(config, key) for key in FACTS}
         gguf = isinstance(source, GGUF)
         return Description(
             str(path),
             kind="GGUF" if gguf else "4-bit model" if states else "model",
             facts=facts if gguf else {**facts, "dtype": source_dtype(source)},
-            weights=grouped(stored_weight(source, name, states, beside) for name in names),
+            weights=grouped(rows.values()),
             targets=list(linear_shapes(config)),
             files=[source.path.name] if gguf else [Path(f.where).name for f in source.files],
             tokenizer=tokenizer_of(source),

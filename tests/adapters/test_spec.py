@@ -63,6 +63,12 @@ def test_the_first_pattern_that_matches_holds():
     assert found.alphas("mlp.up_proj") == (32.5,) * 3
 
 
+def test_each_regular_expression_costs_a_process_so_they_are_few():
+    pattern = {rf"(q_proj|x{index})": 4 for index in range(1000)}
+    with pytest.raises(InputError, match=r"LORA-REGEX.*too many .*at most 32"):
+        spec(targets=["q_proj"], rank_pattern=pattern)
+
+
 def test_layers_to_transform():
     found = spec(r=2, targets=["q_proj"], layers_to_transform=[0, 2])
     assert found.ranks("self_attn.q_proj") == (2, 0, 2)

@@ -216,6 +216,7 @@ BAD = {
     "shape missing": (with_state(shape=None), "W4-STATE", "shape is 'missing'"),
     "shape rank": (with_state(shape=[8192]), "W4-STATE", "shape is [8192]"),
     "shape zero": (with_state(shape=[0, 64]), "W4-STATE", "shape is [0, 64]"),
+    "shape huge": (with_state(shape=[10**400, 64]), "W4-STATE", "shape is [1000"),
     "shape other": (with_state(shape=[64, 64]), "W4-SHAPE", "weight is uint8 of shape (4096, 1)"),
     "shape turned": (with_state(shape=[64, 128]), "W-SHAPE", "has the shape (64, 128)"),
     "offset missing": (with_state(nested_offset=None), "W4-STATE", "nested_offset is 'missing'"),
@@ -295,6 +296,14 @@ BAD = {
         replace(f"{NAME}.nested_quant_map", lambda m: m * np.float32(0.9)),
         "W4-MAP",
         "nested_quant_map",
+    ),
+    "nested overflow": (
+        lambda tensors: (
+            with_state(nested_offset=3e38)(tensors),
+            replace(f"{NAME}.nested_absmax", lambda a: a * 0 - np.float32(3e38))(tensors),
+        ),
+        "W-FINITE",
+        f"{NAME}.nested_absmax: is not finite: inf at index (0,)",
     ),
     "nested NaN": (
         replace(f"{NAME}.nested_absmax", lambda a: a * np.float32(np.nan)),

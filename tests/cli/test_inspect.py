@@ -192,6 +192,15 @@ def test_a_damaged_manifest_is_named(home, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error[ORB-MANIFEST]")
 
 
+def test_shapes_are_those_that_config_json_says(home, tmp_path, capsys):
+    for kind in ("model", "model-4bit"):
+        folder = shutil.copytree(home / kind, tmp_path / kind)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+        assert main(["inspect", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith("error[W-SHAPE]")
+
+
 FORGED = {
     "no tree": {"tree": None},
     "a list": {"tree": []},

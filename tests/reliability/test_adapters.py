@@ -153,3 +153,11 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys, 
     assert line not in seen
     seen.add(line)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_named_is_not_compared(tmp_path, monkeypatch):
+    clean.model(tmp_path / BASE)
+    of_no_base = {"dtype": "float32", "quantization": None}
+    (clean.adapter(tmp_path / ADAPTER) / "qlora_jax.json").write_text(json.dumps(of_no_base))
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", ADAPTER, "out", "--model", BASE]) == 0
