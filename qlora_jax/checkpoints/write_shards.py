@@ -20,6 +20,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.aligned import aligned_empty
 from qlora_jax.checkpoints.atomic import new_folder, refuse_too_large
+from qlora_jax.checkpoints.files import opened
 from qlora_jax.checkpoints.safetensors_header import DTYPES, Spec
 from qlora_jax.checkpoints.shards import INDEX, SINGLE, Shards
 from qlora_jax.errors import StorageError
@@ -210,7 +211,8 @@ def model_folder(
             assert Path(name).name == name, f"{name} is not a plain file name"
             assert name not in (SINGLE, INDEX), f"{name} is written by us"
             if isinstance(content, Path):
-                shutil.copyfile(content, folder / name)
+                with opened(content):  # an error of the source is none of what is written
+                    shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_bytes(content() if callable(content) else content)
 

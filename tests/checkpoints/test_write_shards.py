@@ -23,8 +23,11 @@ TREE = {
 SPECS = {name: (array.dtype, array.shape) for name, array in TREE.items()}
 
 
-def write(out, tree=TREE, **options):
-    with model_folder(out, {"a": 1}, SPECS, {"extra.txt": b"x"}, **options) as writer:
+EXTRA = {"extra.txt": b"x"}
+
+
+def write(out, tree=TREE, files=EXTRA, **options):
+    with model_folder(out, {"a": 1}, SPECS, files, **options) as writer:
         for name, array in tree.items():
             writer.write(name, array)
 
@@ -94,6 +97,13 @@ def test_some_files_are_made_when_the_weights_are_written(tmp_path):
             writer.write(name, array)
         seen.append(7)
     assert (tmp_path / "out" / "late").read_bytes() == b"\x07"
+
+
+def test_a_file_that_cannot_be_copied_is_the_source_s_error(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"FILE-READ.*loop: cannot be opened"):
+        write(tmp_path / "out", files={"copy": tmp_path / "loop"})
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 def test_groups_keep_the_order_and_the_limit():
