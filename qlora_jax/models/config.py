@@ -215,6 +215,9 @@ def read_windows(read: Reader, family: Family, layers: int) -> tuple[int | None,
         raise read.error("layer_types", read.shown("layer_types"), expected)
     if SLIDING not in kinds:
         return (None,) * layers
+    if window is None:
+        found = "has layers with a window, and there is none"
+        raise read.error("layer_types", found, "sliding_window, in use")
     width = read.size("sliding_window")
     return tuple(width if kind == SLIDING else None for kind in kinds)
 
@@ -228,7 +231,7 @@ def slides(read: Reader, family: Family, layer: int) -> bool:
         return layer >= first
     if family.windows == families.ALL:
         return True
-    own = read.config.get("sliding_window_pattern", read.config.get("_sliding_window_pattern"))
+    own = read.config.get("sliding_window_pattern")
     pattern = family.window_pattern if own is None else own
     if type(pattern) is not int or pattern < 1:
         found = f"is {pattern!r:.80}"

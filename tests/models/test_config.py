@@ -49,7 +49,7 @@ def test_windows():
     assert read("gemma2").windows == (8, None)
     assert read("gemma2", layer_types=...).windows == (8, None)
     assert read("gemma3").windows == (8, 8, 8, 8, 8, None, 8)
-    two = {"layer_types": ..., "_sliding_window_pattern": ..., "sliding_window_pattern": 2}
+    two = {"layer_types": ..., "sliding_window_pattern": 2}  # the other one is only a record
     assert read("gemma3", **two).windows == (8, None, 8, None, 8, None, 8)
     assert read("phi3", sliding_window=5).windows == (5, 5)
 
@@ -101,7 +101,7 @@ def test_gemma_has_defaults_of_its_own():
         ("qwen2", {**LATE, "max_window_layers": None}, "max_window_layers: is 'None'"),
         ("gemma3", {"rope_parameters": {"full_attention": 5}}, "rope_parameters: has {'full_att"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: is '0.0'"),
-        ("gemma3", {"layer_types": ..., "_sliding_window_pattern": 0}, "sliding_window_pattern:"),
+        ("gemma3", {"layer_types": ..., "sliding_window_pattern": 0}, "sliding_window_pattern:"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: '50.0'"),
         ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters: has rope_type"),
         (
@@ -109,6 +109,8 @@ def test_gemma_has_defaults_of_its_own():
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
             "rope_scaling: differs from rope_parameters",
         ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "has layers with a window, and"),
+        ("gemma2", {"sliding_window": None}, "has layers with a window, and there is none"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias:"),
         ("phi3", {"full_attn_mod": 2}, "full_attn_mod:"),
     ],
