@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float32", "float16")
+KINDS = ("nf4", "fp4", "int4")
 CONFIG_HELP = "a YAML file of settings; README lists the keys"
 
 
@@ -22,7 +23,7 @@ def base_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how the model is opened")
     group.add_argument(
         "--quantization",
-        choices=("auto", "none", "nf4", "fp4", "int4"),
+        choices=("auto", "none", *KINDS),
         default="auto",
         help="auto: as the adapter was trained, else nf4; a 4-bit model as it is stored",
     )

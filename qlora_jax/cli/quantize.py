@@ -6,7 +6,7 @@ The folder also opens in transformers, unless the kind is int4. Nothing is ever 
 import argparse
 import warnings
 
-from qlora_jax.cli.options import dtype_argument, shard_argument, sharding, size
+from qlora_jax.cli.options import KINDS, dtype_argument, shard_argument, sharding, size
 from qlora_jax.errors import Note
 
 
@@ -14,9 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the paths and how to quantize."""
     parser.add_argument("model", help="a dense Hugging Face folder, a .gguf file, or a Hub id")
     parser.add_argument("out", help="a new folder")
-    parser.add_argument(
-        "--kind", choices=("nf4", "fp4", "int4"), default="nf4", help="the code (default nf4)"
-    )
+    parser.add_argument("--kind", choices=KINDS, default="nf4", help="the code (default nf4)")
     parser.add_argument(
         "--block-size", type=int, default=64, metavar="N", help="weights a scale (default 64)"
     )

@@ -21,8 +21,7 @@ from qlora_jax.workflows.companions import companions, has_tokenizer, names_toke
 from qlora_jax.workflows.convert import dense_weights, refuse_taken
 from qlora_jax.workflows.open import open_source
 
-TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of a source's own dtype
-ADAPTER_TYPES = ("f32", "f16", "bf16")
+TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of a source's own dtype
 
 
 def export_gguf(
@@ -89,8 +88,8 @@ def export_gguf_lora(
     """
     refuse_taken(out)
     kind = "f32" if type is None else type
-    if kind not in ADAPTER_TYPES:
-        raise InputError("GGOUT-TYPE", "--type", f"unknown type {type!r}", listed(ADAPTER_TYPES))
+    if kind not in TYPES.values():
+        raise InputError("GGOUT-TYPE", "--type", f"unknown type {type!r}", listed(TYPES.values()))
     with open_source(model_path) as source:
         config = ModelConfig.from_dict(source.config, str(source.path))
     adapter = read_adapter(Path(adapter_path), config)

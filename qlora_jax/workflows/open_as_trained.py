@@ -18,8 +18,6 @@ from qlora_jax.workflows.open import load_model, open_source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-KINDS = ("auto", "none", "nf4", "fp4", "int4")
-
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
