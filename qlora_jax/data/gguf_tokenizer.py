@@ -78,12 +78,12 @@ KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 def gguf_special_tokens(metadata: dict[str, Any], where: str) -> dict[str, str]:
     """`bos_token`, `eos_token`, `unk_token`, `pad_token`: those that the file names, as text."""
     tokens = typed(metadata, "tokens", list, where)
-    ids = special_ids(metadata, len(tokens), where)
+    ids = ids_by_role(metadata, len(tokens), where)
     fields = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return {f"{field}_token": tokens[ids[key]] for field, key in fields.items() if key in ids}
 
 
-def special_ids(metadata: dict[str, Any], count: int, where: str) -> dict[str, int]:
+def ids_by_role(metadata: dict[str, Any], count: int, where: str) -> dict[str, int]:
     """Ids of `bos`, `eos`, `unknown`, `padding`: those that the file names."""
     defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
     ids = {}
@@ -235,7 +235,7 @@ def added_ends(
     """Adds BOS, and EOS, where the file asks for it; `adds_bos` is what no word of it means."""
     from tokenizers import processors
 
-    tokens, ids = metadata["tokenizer.ggml.tokens"], special_ids(metadata, count, where)
+    tokens, ids = metadata["tokenizer.ggml.tokens"], ids_by_role(metadata, count, where)
     single, special = "$A", []  # by role: a token's own text could read as a part of a template
     for field, default in (("bos", adds_bos), ("eos", False)):
         if not flag(metadata, f"add_{field}_token", default, where):

@@ -68,14 +68,14 @@ def gguf_vocabulary(
     if model["type"] != "BPE":
         raise refusal(where, f"the model is {model['type']}", "BPE")
     tokens, types = tokens_and_types(document, vocab_size)
-    own = sentencepiece(document, tokens, types, where) if model["byte_fallback"] else None
-    own = byte_level(document, where) if own is None else own
+    own = sentencepiece_keys(document, tokens, types, where) if model["byte_fallback"] else None
+    own = byte_level_keys(document, where) if own is None else own
     metadata = {
         **{key: own.pop(key) for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")},
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         **own,
-        **special_ids(tokenizer),
+        **special_token_keys(tokenizer),
         **added_at_the_ends(tokenizer, where),
         **templates(tokenizer),
     }
@@ -111,7 +111,7 @@ def looks_special(token: str) -> bool:
     return any(token.startswith(first) and token.endswith(last) for first, last in ends)
 
 
-def byte_level(document: dict[str, Any], where: str) -> dict[str, Any]:
+def byte_level_keys(document: dict[str, Any], where: str) -> dict[str, Any]:
     """The keys of a byte-level BPE."""
     parts = [plain(document["normalizer"]), plain(document["pre_tokenizer"])]
     whole_words = document["model"]["ignore_merges"]
@@ -143,7 +143,7 @@ def plain(part: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in part.items() if key != "trim_offsets"}]
 
 
-def sentencepiece(
+def sentencepiece_keys(
     document: dict[str, Any], tokens: list[str], types: list[int], where: str
 ) -> dict[str, Any]:
     """The keys of SentencePiece's BPE; a token's score says when it is merged."""
@@ -233,7 +233,7 @@ def space_notes(document: dict[str, Any], name: str) -> list[str]:
     return notes
 
 
-def special_ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
+def special_token_keys(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
     """The ids that have a role."""
     roles = {
         "bos": tokenizer.bos_token_id,
