@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.checkpoints.bnb4bit import QuantState, packed_arrays, packed_specs, state_key
-from qlora_jax.checkpoints.names import EMBEDDINGS, TIED
 from qlora_jax.checkpoints.safetensors_header import Spec
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES, Content, model_folder
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.weight_names import EMBEDDINGS, HEAD
+
+# Of quantization_config: what the tensors themselves say, whatever a source's config.json does.
+WRITTEN = ("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 def save_quantized(
@@ -51,9 +54,10 @@ def save_quantized(
         specs |= packed_specs(name, how) if name in states else {name: how}
     open_ended = [state_key(name, state) for name, state in states.items() if state.unknown]
     dense = plan[EMBEDDINGS][0].name
-    own = config.get("quantization_config") or {}
-    own = {**quantization_config(states, dense), **own, "bnb_4bit_quant_storage": "uint8"}
-    config = {**config, "dtype": dense, "quantization_config": own}
+    found = quantization_config(states, dense)
+    told = {**found, **(config.get("quantization_config") or {})}
+    told |= {key: found[key] for key in WRITTEN}
+    config = {**config, "dtype": dense, "quantization_config": told}
     config.pop("torch_dtype", None)
     with model_folder(out, config, specs, extra_files or {}, shard_bytes, open_ended) as writer:
         for name, weight in weights:
@@ -80,7 +84,7 @@ def quantization_config(states: Mapping[str, QuantState], compute_dtype: str) ->
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         # transformers keeps lm_head dense unless this list says otherwise
-        "llm_int8_skip_modules": [] if TIED in states else None,
+        "llm_int8_skip_modules": [] if HEAD in states else None,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

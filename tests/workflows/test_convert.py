@@ -89,6 +89,20 @@ def test_bitsandbytes_folder_is_that_of_bitsandbytes(tmp_path, origin):
         assert written == json.loads((PACKED / name).read_text())
 
 
+def test_a_copy_says_of_its_tensors_what_they_are(tmp_path):
+    """Whatever the source's config.json says: readers look at each matrix's own state."""
+    source = tmp_path / "source"
+    shutil.copytree(PACKED, source)
+    config = json.loads((source / "config.json").read_text())
+    right = dict(config["quantization_config"])
+    wrong = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    config["quantization_config"] |= {**wrong, "bnb_4bit_quant_storage": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    bnb_checkpoint(source, tmp_path / "copy")
+    copied = json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]
+    assert copied == right
+
+
 def test_a_4bit_model_is_never_quantized_again(tmp_path):
     with pytest.raises(InputError, match="W4-REQUANTIZE"):
         quantize_checkpoint(PACKED, tmp_path / "out")
