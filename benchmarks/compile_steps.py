@@ -26,11 +26,12 @@ from benchmarks import aot, bars
 from pallas_kernels.gpu import KNOWN
 from qlora_jax.adapters.init import init_lora
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.decoder import LAYERS, Decoder
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families import linear_shapes, weight_shapes
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import quantize
 from qlora_jax.train.step import gradients
+from qlora_jax.weight_names import LAYERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled_steps.json"

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from qlora_jax.adapters.adapter import Adapter, Shapes, param_shapes
 from qlora_jax.adapters.dora import row_squares
-from qlora_jax.adapters.spec import LAYERS, SAVED, LoraSpec, make_spec
+from qlora_jax.adapters.spec import SAVED, LoraSpec, make_spec
 from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.weight_names import EMBEDDINGS, LAYERS
 
 
 @runtime_checkable
@@ -98,7 +99,7 @@ def init_adapter(model: Adaptable, spec: LoraSpec, key: Array) -> Adapter:
             "B": jnp.zeros(arrays["B"], jnp.float32),
         }
         if spec.use_dora:
-            weight = model.weights()[f"{LAYERS}.{name}.weight"]
+            weight = model.weights()[f"{LAYERS}{name}.weight"]
             norms = jnp.sqrt(jax.lax.map(row_squares, weight))
             params[name]["m"] = jnp.where(ranks[:, None] > 0, norms, 0)
     return Adapter(params, spec)
@@ -106,7 +107,7 @@ def init_adapter(model: Adaptable, spec: LoraSpec, key: Array) -> Adapter:
 
 def saved_weight(weights: Mapping[str, Array | QuantizedTensor], name: str) -> Float[Array, "V D"]:
     """A float32 copy of the weight of lm_head or embed_tokens; a tied head is the embedding."""
-    tied = weights[f"{SAVED['embed_tokens']}.weight"]
+    tied = weights[EMBEDDINGS]
     weight = weights.get(f"{SAVED[name]}.weight", tied)
     if isinstance(weight, QuantizedTensor):
         return weight.dequantize("float32")

@@ -16,11 +16,10 @@ from jaxtyping import Array, Float
 
 from qlora_jax.adapters.adapter import Adapter, check_finite
 from qlora_jax.adapters.dora import row_squares, stretch
-from qlora_jax.adapters.spec import LAYERS, SAVED, module_path
+from qlora_jax.adapters.spec import SAVED, module_path
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor
-
-EMBEDDING, HEAD = f"{SAVED['embed_tokens']}.weight", f"{SAVED['lm_head']}.weight"
+from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS
 
 
 @runtime_checkable
@@ -99,9 +98,9 @@ def merge_each(
     weights = dict(model.weights())
     origin = {name: name for name in weights}
     if saved and HEAD not in weights:
-        weights[HEAD], origin[HEAD] = weights[EMBEDDING], EMBEDDING  # tied no longer
+        weights[HEAD], origin[HEAD] = weights[EMBEDDINGS], EMBEDDINGS  # tied no longer
     for stacked, held in weights.items():
-        inner = stacked.removeprefix(f"{LAYERS}.")
+        inner = stacked.removeprefix(LAYERS)
         if inner == stacked:
             own = saved.get(stacked)
             if own is None:

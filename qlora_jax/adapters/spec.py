@@ -18,8 +18,8 @@ import numpy as np
 
 from qlora_jax.adapters.patterns import PLAIN, end_matches, full_matches
 from qlora_jax.errors import InputError, listed, nearest
+from qlora_jax.weight_names import LAYERS
 
-LAYERS = "model.layers"
 SAVED = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}  # by name: module path
 MAX_RANK = 4096
 MAX_PATTERNS = 32  # that are no plain names: each is matched in a process of its own
@@ -28,7 +28,7 @@ LARGEST_ALPHA = float(np.finfo(np.float32).max)
 
 def module_path(layer: int, name: str) -> str:
     """The Hugging Face module path of a layer-relative name: `model.layers.0.self_attn.q_proj`."""
-    return f"{LAYERS}.{layer}.{name}"
+    return f"{LAYERS}{layer}.{name}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ from qlora_jax.checkpoints.gguf_blocks import Block
 from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config, refuse_what_is_no_model
 from qlora_jax.checkpoints.gguf_header import Tensor, read_header
 from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, names_in_file, split_halves
-from qlora_jax.checkpoints.names import LAYERS, layer_names, split
+from qlora_jax.checkpoints.names import layer_names, split
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
+from qlora_jax.weight_names import LAYERS
 
 PIECE = 4 << 20  # bytes of packed weights in memory at once
 MAX_FACTORS = 1 << 16  # rotary factors, one for each pair of a head's channels

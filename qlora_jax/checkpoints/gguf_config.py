@@ -14,6 +14,7 @@ from qlora_jax.checkpoints.gguf_names import ARCHITECTURES
 from qlora_jax.checkpoints.gguf_rope import rope_parameters, shortest
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.families import FAMILIES
+from qlora_jax.weight_names import HEAD
 
 REQUIRED = object()
 MAX_SIZE = 1 << 31
@@ -137,7 +138,7 @@ def hugging_face_config(
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": keys.positive(".attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope_parameters(keys, head_dim, longest, rope_factors),
-        "tie_word_embeddings": "lm_head.weight" not in weights,
+        "tie_word_embeddings": HEAD not in weights,
         "vocab_size": vocabulary_size(keys),
     }
     options = FAMILIES[row.model_type].options

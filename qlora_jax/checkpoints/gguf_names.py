@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_jax.errors import InputError
 from qlora_jax.models.families import FAMILIES
+from qlora_jax.weight_names import LAYERS
 
 # What each rotary frequency is divided by, written instead of the rule: Llama 3's, Phi 3's two.
 ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -112,7 +113,7 @@ def names_in_file(tensors: Iterable[str], architecture: str, where: str) -> dict
         if stem.startswith("blk."):
             _, index, part = stem.split(".", 2) if stem.count(".") >= 2 else ("", "", "")
             valid = part in row.layer and index.isdecimal() and str(int(index)) == index
-            target = f"model.layers.{index}.{row.layer[part]}" if valid else None
+            target = f"{LAYERS}{index}.{row.layer[part]}" if valid else None
         else:
             target = row.top.get(stem)
         if target is None or suffix not in ("weight", "bias"):

@@ -14,11 +14,12 @@ from qlora_jax.checkpoints.gguf_names import (
 )
 from qlora_jax.checkpoints.gguf_pack import BY_NAME
 from qlora_jax.checkpoints.gguf_write import Spec
-from qlora_jax.checkpoints.names import LAYERS, hugging_face_names, split
+from qlora_jax.checkpoints.names import hugging_face_names, split
 from qlora_jax.errors import listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
 from qlora_jax.models.rope import inverse_frequencies
+from qlora_jax.weight_names import LAYERS
 
 # llama.cpp has no architecture of its own for Mistral: it is a Llama without its window.
 NAMES = {row.model_type: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama"}

@@ -22,9 +22,6 @@ from qlora_jax.checkpoints.bnb4bit import (
 )
 from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
 from qlora_jax.checkpoints.names import (
-    EMBEDDINGS,
-    LAYERS,
-    TIED,
     hugging_face_names,
     name_table,
     split,
@@ -36,6 +33,7 @@ from qlora_jax.models.families import weight_shapes
 from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 OnWeight = Callable[[str, np.ndarray, QuantizedTensor], None]
@@ -146,7 +144,7 @@ class Loader:
         if quantization is not None:
             for name, state in self.states.items():
                 refuse_other_quantization(state, quantization, f"{self.where}: {name}")
-        if TIED in names and TIED not in self.shapes:
+        if HEAD in names and HEAD not in self.shapes:
             self.check_tied()
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
@@ -168,15 +166,15 @@ class Loader:
 
     def check_tied(self) -> None:
         """A tied model may still carry lm_head, if it is the embeddings."""
-        same = self.source.shape(TIED) == self.source.shape(EMBEDDINGS)
+        same = self.source.shape(HEAD) == self.source.shape(EMBEDDINGS)
         if same:
-            head, embeddings = self.source.read(TIED), self.source.read(EMBEDDINGS)
+            head, embeddings = self.source.read(HEAD), self.source.read(EMBEDDINGS)
             rows = range(0, len(head), 1024)  # not one mask for all of it
             same = all(np.array_equal(head[i : i + 1024], embeddings[i : i + 1024]) for i in rows)
         if not same:
             found = f"differs from {EMBEDDINGS}, though config.json says tie_word_embeddings"
             hint = 'set "tie_word_embeddings": false in config.json'
-            raise InputError("W-TIED", f"{self.where}: {TIED}", found, "equal weights", hint)
+            raise InputError("W-TIED", f"{self.where}: {HEAD}", found, "equal weights", hint)
 
     def plan(self) -> dict[str, QuantState | Spec]:
         """What each weight becomes, by Hugging Face name: a 4-bit state, or dtype and shape."""

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 
 from qlora_jax.errors import InputError, listed, nearest
+from qlora_jax.weight_names import HEAD, LAYERS
 
-LAYERS = "model.layers."
 NUMBERED = re.compile(r"model\.layers\.(\d{1,9})\.(.+)", re.ASCII)
 # Buffers that old checkpoints carry and config.json gives: never read.
 HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias)")
-EMBEDDINGS, TIED = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def split(name: str) -> tuple[str, int | None]:
@@ -70,7 +69,7 @@ def name_table(
     unknown = [
         name
         for place, name in by_place.items()
-        if place not in wanted and name != TIED and not HARMLESS.fullmatch(name)
+        if place not in wanted and name != HEAD and not HARMLESS.fullmatch(name)
     ]
     missing = [name for place, name in wanted.items() if place not in by_place]
     if unknown:
@@ -78,7 +77,7 @@ def name_table(
     if missing:
         found_text = f"missing weights: {listed(missing)}"
         hint = "tie_word_embeddings true in config.json, if the model ties them"
-        hint = hint if missing == [TIED] else "download the whole model again"
+        hint = hint if missing == [HEAD] else "download the whole model again"
         raise InputError("W-MISSING", where, found_text, hint=hint)
     return {s: [by_place[split(n)] for n in layer_names(s, layers)] for s in expected}
 

@@ -20,11 +20,11 @@ from qlora_jax.models.mlp import GatedMLP
 from qlora_jax.models.norms import RMSNorm
 from qlora_jax.models.rope import rotation
 from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, NORM
 
 Ids = Int[Array | np.ndarray, "B S"]
 Rotation = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
 Weights = Mapping[str, Array | QuantizedTensor]
-LAYERS = "model.layers."
 FAR = 2**30  # a window that is none
 
 
@@ -86,12 +86,12 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, weights: Weights, dtype: str = "bfloat16"):
         self.config = config
         self.dtype = dtype
-        self.embed_tokens = nnx.Variable(weights["model.embed_tokens.weight"])
+        self.embed_tokens = nnx.Variable(weights[EMBEDDINGS])
         layers = {k.removeprefix(LAYERS): w for k, w in weights.items() if k.startswith(LAYERS)}
         self.layers = Block(config, layers)
-        norm = weights["model.norm.weight"]
+        norm = weights[NORM]
         self.norm = RMSNorm(norm, config.rms_norm_eps, config.family.norm_offset)
-        head = weights.get("lm_head.weight")
+        head = weights.get(HEAD)
         self.lm_head = None if config.tie_word_embeddings else nnx.Variable(head)
 
     @staticmethod

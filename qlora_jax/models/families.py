@@ -8,6 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.adapters.spec import SAVED
+from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, NORM
 
 if TYPE_CHECKING:
     from qlora_jax.models.config import ModelConfig
@@ -239,14 +240,14 @@ def weight_shapes(config: "ModelConfig") -> dict[str, Shape]:
     `model.layers.3.self_attn.q_proj.weight` are `model.layers.self_attn.q_proj.weight`.
     """
     width = config.hidden_size
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    shapes: dict[str, Shape] = {EMBEDDINGS: (config.vocab_size, width)}
     for name, shape in linear_shapes(config).items():
-        shapes[f"model.layers.{name}.weight"] = shape
+        shapes[f"{LAYERS}{name}.weight"] = shape
         if has_bias(config, name):
-            shapes[f"model.layers.{name}.bias"] = shape[:1]
+            shapes[f"{LAYERS}{name}.bias"] = shape[:1]
     for name, size in norm_sizes(config).items():
-        shapes[f"model.layers.{name}.weight"] = (size,)
-    shapes["model.norm.weight"] = (width,)
+        shapes[f"{LAYERS}{name}.weight"] = (size,)
+    shapes[NORM] = (width,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, width)
+        shapes[HEAD] = (config.vocab_size, width)
     return shapes

@@ -5,9 +5,7 @@ import dataclasses
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.quantize.api import BLOCK_SIZES
 from qlora_jax.errors import InputError, nearest
-
-LAYERS = "model.layers."
-LM_HEAD = "lm_head.weight"
+from qlora_jax.weight_names import HEAD, LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +47,6 @@ class QuantizationConfig:
           name: stacked, or with its layer's index: `model.layers.self_attn.q_proj.weight`,
             `model.layers.3.self_attn.q_proj.weight`.
         """
-        if name == LM_HEAD:
+        if name == HEAD:
             return self.quantize_lm_head
         return name.startswith(LAYERS) and name.endswith(".weight") and "norm" not in name

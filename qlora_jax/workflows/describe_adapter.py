@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_jax.checkpoints.peft import CONFIG, open_tensors, present, read_extra
 from qlora_jax.checkpoints.strict_json import read_json
+from qlora_jax.weight_names import LAYERS
 from qlora_jax.workflows.companions import TOKENIZER, companions
 from qlora_jax.workflows.describe_model import one_weight
 from qlora_jax.workflows.description import Description, grouped
@@ -33,7 +34,7 @@ def describe_adapter(folder: Path) -> Description:
         kind="adapter",
         facts={key: config[key] for key in FACTS if config.get(key) not in (None, {}, [])},
         weights=weights,
-        targets=list(dict.fromkeys(name.removeprefix("model.layers.") for name in adapted)),
+        targets=list(dict.fromkeys(name.removeprefix(LAYERS) for name in adapted)),
         files=[Path(file.where).name],
         tokenizer=[name for name in companions(folder) if name in TOKENIZER],
         made=read_extra(folder),

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.checkpoints.manifest import read_manifest, understood
-from qlora_jax.checkpoints.names import LAYERS
 from qlora_jax.checkpoints.orbax_io import ARRAYS
 from qlora_jax.checkpoints.trees import unpack
 from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.weight_names import LAYERS
 from qlora_jax.workflows.description import Description, Weight
 
 PARAMS = "params/"  # where an adapter's arrays are

@@ -8,10 +8,11 @@ from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.checkpoints.aligned import aligned_empty
 from qlora_jax.checkpoints.bnb4bit import is_4bit
 from qlora_jax.checkpoints.load import Source
-from qlora_jax.checkpoints.names import LAYERS, split
+from qlora_jax.checkpoints.names import split
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder
 from qlora_jax.models.families import weight_shapes
+from qlora_jax.weight_names import LAYERS
 
 
 def merge(

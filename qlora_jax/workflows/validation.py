@@ -12,7 +12,6 @@ from typing import Any
 
 from qlora_jax.adapters.adapter import count_parameters
 from qlora_jax.checkpoints.load import Loader
-from qlora_jax.checkpoints.names import LAYERS
 from qlora_jax.checkpoints.peft import read_adapter
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.errors import InputError, QloraError
@@ -21,6 +20,7 @@ from qlora_jax.models.families import module_shapes, weight_shapes
 from qlora_jax.train.config import PATHS, TrainConfig, beside
 from qlora_jax.train.config_rules import ALIASES
 from qlora_jax.train.config_yaml import parse_overrides, read_yaml
+from qlora_jax.weight_names import LAYERS
 from qlora_jax.workflows.header import millions
 from qlora_jax.workflows.open import open_source
 from qlora_jax.workflows.run_folder import refuse_used
