@@ -1,12 +1,15 @@
 """What every test runs with: the CPU, a warm compile cache, few and repeatable random examples."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import tests.typechecker  # noqa: F401  # by name, for jaxtyping: see pyproject.toml
+
+MAPPINGS = 15_000  # of memory; a module of tests adds 10,000 at the most
 
 settings.register_profile(
     "default", deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
@@ -26,6 +29,19 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = Path(__file__).parent.parent / ".cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drops compiled programs before the process has no room for more.
+
+    Each is several mappings of memory, of which Linux gives a process 65,530: the whole suite in
+    one process reached that, and XLA crashed where it compiled the next one.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture
