@@ -326,14 +326,20 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_refuses(tmp_path, case):
-    edit, code, words = BAD[case]
+def edited(tmp_path, edit):
+    """A copy of the golden checkpoint with its tensors edited."""
     folder = tmp_path / "model"
     shutil.copytree(golden_folder("bnb_state") / "checkpoint", folder)
     tensors = load_file(folder / SINGLE)
     edit(tensors)
     save_file(tensors, folder / SINGLE)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refuses(tmp_path, case):
+    edit, code, words = BAD[case]
+    folder = edited(tmp_path, edit)
     with pytest.raises(InputError) as error:
         load(folder)
     assert error.value.code == code, str(error.value)

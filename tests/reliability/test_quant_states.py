@@ -1,0 +1,22 @@
+"""R27: 4-bit checkpoints whose state is missing, extra, of another shape, dtype or block size."""
+
+import pytest
+
+from qlora_jax.errors import InputError
+from tests.checkpoints import test_bnb4bit
+
+RULE = "R27"
+
+
+@pytest.mark.parametrize("case", test_bnb4bit.BAD)
+def test_no_key_has_a_default(case, tmp_path):
+    """Refused by the case's own code; the messages are looked at beside the format's tests."""
+    edit, code, _ = test_bnb4bit.BAD[case]
+    folder = test_bnb4bit.edited(tmp_path, edit)
+    with pytest.raises(InputError) as error:
+        test_bnb4bit.load(folder)
+    assert error.value.code == code
+
+
+def test_there_are_enough():
+    assert len(test_bnb4bit.BAD) >= 20
