@@ -3,20 +3,21 @@
 import pytest
 
 from qlora_jax.errors import InputError
-from tests.checkpoints import test_bnb4bit
+from tests.checkpoints.bad_quant_states import BAD, edited
+from tests.checkpoints.test_bnb4bit import load
 
 RULE = "R27"
 
 
-@pytest.mark.parametrize("case", test_bnb4bit.BAD)
+@pytest.mark.parametrize("case", BAD)
 def test_no_key_has_a_default(case, tmp_path):
     """Refused by the case's own code; the messages are looked at beside the format's tests."""
-    edit, code, _ = test_bnb4bit.BAD[case]
-    folder = test_bnb4bit.edited(tmp_path, edit)
+    edit, code, _ = BAD[case]
+    folder = edited(tmp_path, edit)
     with pytest.raises(InputError) as error:
-        test_bnb4bit.load(folder)
+        load(folder)
     assert error.value.code == code
 
 
 def test_there_are_enough():
-    assert len(test_bnb4bit.BAD) >= 20
+    assert len(BAD) >= 20
