@@ -90,5 +90,10 @@ def run(args: argparse.Namespace) -> None:
         f"{check.mean:.2g} on average (allowed {check.tolerance:g})"
     )
     print(f"           both rank the same token first at {check.same_choice:.1%} of positions")
+    if check.from_training is not None:
+        print(
+            f"           from the 4-bit base + adapter that were trained they differ by "
+            f"{check.from_training:.3g}"
+        )
     if not has_tokenizer(files):
         print("note       neither base nor adapter has a tokenizer, so the result has none")

@@ -25,7 +25,8 @@ def base_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         choices=("auto", "none", *KINDS),
         default="auto",
-        help="auto: as the adapter was trained, else nf4; a 4-bit model as it is stored",
+        help="auto: as the adapter was trained, or as stored if it does not say; without one nf4; "
+        "a 4-bit model always as stored",
     )
     group.add_argument(
         "--block-size", type=int, default=64, metavar="N", help="weights a scale (default 64)"
@@ -35,7 +36,8 @@ def base_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute-dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of activations; auto: as the adapter was trained, else bfloat16",
+        help="of activations; auto: as the adapter was trained, or as stored if it does not say; "
+        "without one bfloat16",
     )
     group.add_argument(
         "--any-base", action="store_true", help="take an adapter of another base all the same"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qlora_jax.checkpoints.bnb4bit import is_4bit
 from qlora_jax.checkpoints.gguf import GGUF
-from qlora_jax.checkpoints.load import Progress, Source
+from qlora_jax.checkpoints.load import Progress, Source, source_dtype
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder
@@ -43,7 +43,10 @@ def choose(
     double_quant: bool = True,
     dtype: str = "auto",
 ) -> Choice:
-    """What was asked for; with auto as stored if that is 4-bit, else as the adapter says, else NF4.
+    """What was asked for; with auto as stored if that is 4-bit, else as the adapter was trained.
+
+    With an adapter that does not say how, as one of PEFT, the weights are taken as they are stored,
+    dense; without an adapter a dense model becomes NF4.
 
     Args:
       source: the base.
@@ -53,19 +56,20 @@ def choose(
       dtype: auto, bfloat16, float32 or float16.
     """
     said = None if adapter is None else trained_with(adapter)
+    silent = adapter is not None and said is None
     if dtype == "auto":
-        dtype = said[1] if said else "bfloat16"
+        dtype = said[1] if said else source_dtype(source) if silent else "bfloat16"
     if kind == "none":
         return Choice(None, dtype, "as stored: asked for")
     if kind != "auto":
         return Choice(QuantizationConfig(kind, block_size, double_quant), dtype, "asked for")
     if is_4bit(source.config, str(source.path)):
         return Choice(None, dtype, "4-bit as stored")
+    if silent:
+        hint = "--quantization nf4 if it was trained on that"
+        return Choice(None, dtype, f"as stored, since {adapter} does not say; {hint}")
     if said is None:
-        reason = "nf4, the default"
-        if adapter is not None:
-            reason += f", since {adapter} does not say; --quantization none takes the dense weights"
-        return Choice(QuantizationConfig(), dtype, reason)
+        return Choice(QuantizationConfig(), dtype, "nf4, the default")
     name = "dense" if said[0] is None else said[0].kind
     return Choice(said[0], dtype, f"{name}, as {adapter} was trained")
 

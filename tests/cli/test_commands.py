@@ -208,9 +208,19 @@ def test_merge(at_home, capsys, dtype):
         assert {source.dtype(name) for name in source.names()} == {dtype}
 
 
+def test_a_merge_into_the_original_weights_tells_what_that_changes(at_home, capsys):
+    """The check is of the base that was merged into, and passes."""
+    arguments = ["--model", "model", "--base", "original", "--dtype", "float32"]
+    assert main(["merge", "run", str(at_home / "merged"), *arguments]) == 0
+    told = capsys.readouterr().out
+    (line,) = [line for line in told.splitlines() if "that were trained they differ by" in line]
+    assert float(line.rsplit(" ", 1)[1]) > 1e-3
+    assert float(told.partition("base + adapter by ")[2].partition(" ")[0]) < 1e-3
+
+
 def test_a_merge_that_differs_too_much_is_not_the_result(at_home, capsys):
     out = at_home / "merged"
-    arguments = ["--model", "model", "--base", "original", "--tolerance", "1e-6"]
+    arguments = ["--model", "model", "--dtype", "bfloat16", "--tolerance", "1e-6"]
     for kept in ("merged.failed", "merged.failed-2"):
         assert main(["merge", "run", f"{out}/", *arguments]) == 5
         error = capsys.readouterr().err

@@ -29,9 +29,9 @@ def test_an_adapter_that_does_not_say_is_told(tmp_path):
     with open_source(golden_folder("models/llama")) as source:
         assert choose(source).reason == "nf4, the default"
         choice = choose(source, tmp_path)
-    assert (choice.quantization, choice.dtype) == (QuantizationConfig(), "bfloat16")
-    expected = f"since {tmp_path} does not say; --quantization none takes the dense weights"
-    assert choice.reason == f"nf4, the default, {expected}"
+    assert (choice.quantization, choice.dtype) == (None, "float32")
+    expected = f"since {tmp_path} does not say; --quantization nf4 if it was trained on that"
+    assert choice.reason == f"as stored, {expected}"
 
 
 @pytest.mark.parametrize(
