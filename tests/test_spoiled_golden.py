@@ -29,7 +29,7 @@ SPOILED = [
     (
         "bnb_state/checkpoint/model.safetensors",
         "model.layers.1.mlp.up_proj.weight.absmax",
-        f"{WRITTEN}[bnb-quantized here]",
+        f"{WRITTEN}[source]",
     ),
     ("models/llama/io.npz", "logits", f"{MODELS}[llama]"),
     ("models/llama/io.npz", "greedy", f"{MODELS}[llama]"),

@@ -151,10 +151,9 @@ def refuse_unsayable(config: ModelConfig, architecture: str, where: str) -> None
         expected = f"{width**-0.5:.6g}, which llama.cpp's {architecture} has"
         raise InputError("GGOUT-SCALE", where, found, expected)
     caps = (config.attention_softcap is not None, config.logit_softcap is not None)
-    if (architecture == "gemma2" and not all(caps)) or (architecture == "gemma3" and caps[0]):
+    if architecture == "gemma2" and not all(caps):
         found = f"soft caps: scores {config.attention_softcap}, logits {config.logit_softcap}"
-        expected = "both" if architecture == "gemma2" else "none for scores"
-        raise InputError("GGOUT-CAP", where, found, f"{expected}, as llama.cpp has it")
+        raise InputError("GGOUT-CAP", where, found, "both, as llama.cpp has it")
 
 
 def refuse_rope(config: ModelConfig, architecture: str, where: str) -> None:

@@ -234,7 +234,6 @@ REFUSED = [
     ("GGOUT-HEADS", "qwen2", {"head_dim": 32}),
     ("GGOUT-SCALE", "gemma2", {"query_pre_attn_scalar": 64}),
     ("GGOUT-CAP", "gemma2", {"attn_logit_softcapping": None}),
-    ("GGOUT-CAP", "gemma3", {"attn_logit_softcapping": 50.0}),
     ("GGOUT-WINDOW", "gemma2", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("GGOUT-WINDOW", "gemma2", {"layer_types": ["full_attention"] * 2}),
 ]  # fmt: skip
