@@ -1,5 +1,6 @@
 """Files of strangers: opened so that nothing outside their folder is reached and nothing blocks."""
 
+import abc
 import contextlib
 import os
 import stat
@@ -65,8 +66,8 @@ def inside(folder: str | Path, name: str) -> Path:
     return real
 
 
-class WeightFile:
-    """One open file of weights: its checked entries by name, and their bytes.
+class OpenFile(abc.ABC):
+    """One open file of a stranger: what it holds, checked, and its bytes as they were then.
 
     Files are read with `pread` and never mapped: a mapped file that another program shortens kills
     the process.
@@ -74,11 +75,14 @@ class WeightFile:
     Args:
       path: what is opened.
       where: what errors call it.
+
+    Attributes:
+      entries: the tensors by name; each has at least shape and nbytes.
+      stamp: size and time when it was opened.
     """
 
     area = ""  # what its error codes begin with
     missing = ""  # the code for no such file, if it is not AREA-MISSING
-    ending = ""  # of its name
 
     def __init__(self, path: Path, where: str):
         self.where = where
@@ -90,17 +94,9 @@ class WeightFile:
             self.close()
             raise
 
+    @abc.abstractmethod
     def read_entries(self) -> dict[str, Any]:
-        """The tensors by name; each entry has at least dtype, shape and nbytes."""
-        raise NotImplementedError
-
-    def read_bytes(self, entry: Any, out: np.ndarray) -> None:
-        """Fills `out`: C-contiguous, and of exactly as many bytes as the entry."""
-        raise NotImplementedError
-
-    def pieces(self, entry: Any, memory: np.ndarray) -> Iterator[np.ndarray]:
-        """An entry's bytes, as many at a time as fit into `memory` (uint8), the next over them."""
-        raise NotImplementedError
+        """Checks the whole of the file but its tensors' bytes, and says which tensors it has."""
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Reads bytes from `offset` on until `view` is full, or says that the file changed."""
@@ -123,6 +119,23 @@ class WeightFile:
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
+
+
+class WeightFile(OpenFile):
+    """A file of dense tensors that are read as they are stored, one of a folder's or an adapter's.
+
+    Each entry has a dtype too.
+    """
+
+    ending = ""  # of its name
+
+    @abc.abstractmethod
+    def read_bytes(self, entry: Any, out: np.ndarray) -> None:
+        """Fills `out`: C-contiguous, and of exactly as many bytes as the entry."""
+
+    @abc.abstractmethod
+    def pieces(self, entry: Any, memory: np.ndarray) -> Iterator[np.ndarray]:
+        """An entry's bytes, as many at a time as fit into `memory` (uint8), the next over them."""
 
 
 def bytes_of(array: np.ndarray) -> memoryview:

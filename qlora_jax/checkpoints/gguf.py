@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.files import WeightFile, bytes_of
+from qlora_jax.checkpoints.files import OpenFile, bytes_of
 from qlora_jax.checkpoints.gguf_blocks import Block
 from qlora_jax.checkpoints.gguf_config import Keys, hugging_face_config, refuse_what_is_no_model
 from qlora_jax.checkpoints.gguf_header import Tensor, read_header
@@ -27,7 +27,7 @@ PIECE = 4 << 20  # bytes of packed weights in memory at once
 MAX_FACTORS = 1 << 16  # rotary factors, one for each pair of a head's channels
 
 
-class GGUF(WeightFile):
+class GGUF(OpenFile):
     """A GGUF file (versions 2 and 3), checked when opened; weights have Hugging Face's names.
 
     Attributes:
