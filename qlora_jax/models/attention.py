@@ -136,12 +136,9 @@ def explain(
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (jax.ShapeDtypeStruct((rows, length, n, config.head_dim), dtype) for n in heads)
     segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32) if packed else None
-    narrow = any(width is not None and width < length for width in config.windows)
-    mixed = narrow and not config.one_window
-    window = jax.ShapeDtypeStruct((), jnp.int32) if mixed else None
-    return backends.explain(
-        BACKENDS, q, k, v, segment_ids, window, scores=config.scores.within(length)
-    )
+    differ = len(set(config.reach(length))) > 1
+    window = jax.ShapeDtypeStruct((), jnp.int32) if differ else None
+    return backends.explain(BACKENDS, q, k, v, segment_ids, window, scores=config.scores(length))
 
 
 def cached_attention(

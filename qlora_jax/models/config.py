@@ -62,15 +62,17 @@ class ModelConfig:
         """What embeddings are multiplied by."""
         return math.sqrt(self.hidden_size) if self.family.scaled_embedding else 1.0
 
-    @property
-    def one_window(self) -> bool:
-        """Whether all layers see equally far."""
-        return len(set(self.windows)) == 1
+    def reach(self, room: int) -> tuple[int, ...]:
+        """Per layer, how many tokens of a text of at most `room` one sees, itself included."""
+        return tuple(room if width is None else min(width, room) for width in self.windows)
 
-    @property
-    def scores(self) -> Scores:
-        """What all layers do to their attention scores; the window where it is one for all."""
-        window = self.windows[0] if self.one_window else None
+    def scores(self, room: int) -> Scores:
+        """What all layers do to the attention scores of such texts.
+
+        A window is in it where all layers have the same, and it hides anything.
+        """
+        narrowest, widest = min(self.reach(room)), max(self.reach(room))
+        window = narrowest if narrowest == widest < room else None
         return Scores(self.attention_scale, self.attention_softcap, window)
 
     @staticmethod

@@ -25,7 +25,6 @@ from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, NORM
 Ids = Int[Array | np.ndarray, "B S"]
 Rotation = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
 Weights = Mapping[str, Array | QuantizedTensor]
-FAR = 2**30  # a window that is none
 
 
 class Block(nnx.Module):
@@ -228,7 +227,7 @@ class Decoder(nnx.Module):
         config = self.config
         room = input_ids.shape[1] if cache is None else cache.k.shape[3]
         turns = rotation(config.rope, config.head_dim, positions)
-        context = Context(*turns, segment_ids, config.scores.within(room))
+        context = Context(*turns, segment_ids, config.scores(room))
         local = config.local_rope and rotation(config.local_rope, config.head_dim, positions)
 
         def step(carry, inputs):
@@ -257,7 +256,7 @@ class Kinds(NamedTuple):
 
     Attributes:
       local: whether a layer has the rotation of those with a window.
-      window: how many tokens one sees, itself included; FAR for all.
+      window: how many tokens one sees, itself included.
     """
 
     local: Bool[Array | np.ndarray, "*L"] | None
@@ -266,11 +265,10 @@ class Kinds(NamedTuple):
 
 def kinds(config: ModelConfig, room: int) -> Kinds:
     """What differs between the layers of a model, over texts of at most `room` tokens."""
-    if config.one_window:
-        return Kinds(None, None)
-    windows = np.array([FAR if width is None else width for width in config.windows], np.int32)
-    local = windows < FAR if config.local_rope else None
-    return Kinds(local, windows if windows.min() < room else None)
+    local = np.array([width is not None for width in config.windows])
+    reach = np.array(config.reach(room), np.int32)
+    differ = reach.min() < reach.max()
+    return Kinds(local if config.local_rope else None, reach if differ else None)
 
 
 def of_layer(context: Context, kind: Kinds, local: Rotation | None) -> Context:

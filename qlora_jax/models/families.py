@@ -70,29 +70,30 @@ QWEN_DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-GEMMA: dict[str, Any] = {
-    "defaults": {
+GEMMA = Family(
+    "",
+    defaults={
         "head_dim": 256,
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
         "sliding_window": 4096,
         "query_pre_attn_scalar": 256,
     },
-    "required": {
+    required={
         "hidden_activation": ("gelu_pytorch_tanh",),
         "use_bidirectional_attention": (None, False),
         "mlp_bias": (None, False),
     },
-    "options": (
+    options=(
         *("attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
         *("final_logit_softcapping", "hidden_act"),
     ),
-    "activation": "gelu_tanh",
-    "post_norms": True,
-    "norm_offset": 1.0,
-    "scaled_embedding": True,
-    "windows": PATTERN,
-}
+    activation="gelu_tanh",
+    post_norms=True,
+    norm_offset=1.0,
+    scaled_embedding=True,
+    windows=PATTERN,
+)
 
 FAMILIES = {
     family.model_type: family
@@ -132,31 +133,27 @@ FAMILIES = {
             head_norms=True,
             windows=LAST,
         ),
-        Family(
-            "gemma2",
-            **{
-                **GEMMA,
-                "defaults": {
-                    **GEMMA["defaults"],
-                    "max_position_embeddings": 8192,
-                    "attn_logit_softcapping": 50.0,
-                    "final_logit_softcapping": 30.0,
-                },
-                "options": (*GEMMA["options"], "attn_logit_softcapping"),
+        dataclasses.replace(
+            GEMMA,
+            model_type="gemma2",
+            defaults=GEMMA.defaults
+            | {
+                "max_position_embeddings": 8192,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
             },
+            options=(*GEMMA.options, "attn_logit_softcapping"),
             window_pattern=2,
         ),
-        Family(
-            "gemma3_text",
-            **{
-                **GEMMA,
-                "defaults": {**GEMMA["defaults"], "max_position_embeddings": 131072},
-                "required": {**GEMMA["required"], "attn_logit_softcapping": (None,)},
-                "options": (
-                    *GEMMA["options"],
-                    *("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
-                ),
-            },
+        dataclasses.replace(
+            GEMMA,
+            model_type="gemma3_text",
+            defaults=GEMMA.defaults | {"max_position_embeddings": 131072},
+            required=GEMMA.required | {"attn_logit_softcapping": (None,)},
+            options=(
+                *GEMMA.options,
+                *("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+            ),
             head_norms=True,
             window_pattern=6,
         ),

@@ -18,21 +18,18 @@ THETA = 10_000.0
 GLOBAL_THETA = 1_000_000.0  # of Gemma 3's layers without a window
 ORIGINAL = "original_max_position_embeddings"
 KINDS = ("full_attention", "sliding_attention")
-# Fields by rule; those of all rules first.
+# Fields: those of every rule, and each rule's own.
 COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 FIELDS = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor", ORIGINAL),
     "yarn": (
-        *("factor", ORIGINAL, "attention_factor", "beta_fast"),
-        *("beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        *("factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
     ),
-    "llama3": (*("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),),
-    "longrope": (
-        *("factor", "short_factor", "long_factor", ORIGINAL),
-        "attention_factor",
-    ),
+    "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "longrope": ("factor", ORIGINAL, "attention_factor", "short_factor", "long_factor"),
 }
 
 

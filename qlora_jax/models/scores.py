@@ -42,11 +42,6 @@ class Scores(NamedTuple):
             seen = seen if width is None else seen & (back < width)
         return seen
 
-    def within(self, room: int) -> "Scores":
-        """The same without a window that hides nothing from texts of at most `room` tokens."""
-        hides = self.window is not None and self.window < room
-        return self if hides else self._replace(window=None)
-
     def first_key(self, row: int) -> int:
         """The first key that `row` sees."""
         return 0 if self.window is None else max(0, row - self.window + 1)

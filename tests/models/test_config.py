@@ -57,13 +57,22 @@ def test_windows():
 def test_layers_that_are_alike_share_one_rotation():
     alike = read("gemma3", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
     assert (alike.rope.theta, alike.local_rope) == (10000.0, None)
-    assert alike.scores.window == 8
+    assert (alike.scores(9).window, alike.scores(8).window) == (8, None)
     whole = read("gemma3", num_hidden_layers=2, layer_types=["full_attention"] * 2)
-    assert (whole.rope.theta, whole.local_rope, whole.scores.window) == (1e6, None, None)
+    assert (whole.rope.theta, whole.local_rope, whole.scores(99).window) == (1e6, None, None)
 
 
 def test_an_original_length_of_null_is_none():
     assert read("llama3_rope", original_max_position_embeddings=None) == read("llama3_rope")
+
+
+def test_how_far_layers_see():
+    """A text no longer than the windows is seen whole by all layers, and none needs a mask."""
+    mixed = read("gemma2")
+    assert mixed.reach(20) == (8, 20)
+    assert mixed.scores(20).window is None
+    assert mixed.reach(8) == (8, 8)
+    assert read("mistral").scores(9).window == 8
 
 
 def test_gemma_has_defaults_of_its_own():
