@@ -1,7 +1,6 @@
 """Loads a model's weights: checked, quantized and stacked, one tensor in memory at a time."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -21,12 +20,8 @@ from qlora_jax.checkpoints.bnb4bit import (
     read_states,
 )
 from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
-from qlora_jax.checkpoints.names import (
-    hugging_face_names,
-    name_table,
-    split,
-)
-from qlora_jax.checkpoints.safetensors_header import Spec
+from qlora_jax.checkpoints.names import hugging_face_names, name_table, split
+from qlora_jax.checkpoints.safetensors_header import Spec, nbytes
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
@@ -253,8 +248,8 @@ class Loader:
     def nbytes(self, name: str) -> int:
         """Bytes of a weight as it is read, scales and tables included."""
         if name in self.states:
-            return sum(math.prod(s) * d.itemsize for d, s in self.states[name].specs().values())
-        return math.prod(self.source.shape(name)) * jnp.dtype(self.source.dtype(name)).itemsize
+            return sum(map(nbytes, self.states[name].specs().values()))
+        return nbytes((jnp.dtype(self.source.dtype(name)), self.source.shape(name)))
 
     def advance(self, name: str) -> None:
         self.done += self.nbytes(name)

@@ -53,6 +53,11 @@ class Entry(NamedTuple):
     nbytes: int
 
 
+def nbytes(spec: Spec) -> int:
+    """Bytes of a tensor."""
+    return math.prod(spec[1]) * spec[0].itemsize
+
+
 def read_header(file: int, where: str) -> dict[str, Entry]:
     """The tensors of an open safetensors file by name, in the order of their bytes.
 
@@ -131,11 +136,11 @@ def check_entry(name: str, fields: Any, start: int, where: str) -> Entry:
         raise InputError("ST-OFFSET", where, f"data_offsets {offsets!r}", "[begin, end]")
     if math.prod(filter(None, shape)) >= 2**59 or offsets[1] >= 2**63:
         raise InputError("ST-DIMS", where, "a size that no file has", "less than 2^63 bytes")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if nbytes != offsets[1] - offsets[0]:
+    size = nbytes((DTYPES[dtype], shape))
+    if size != offsets[1] - offsets[0]:
         found = f"data_offsets {offsets} hold {offsets[1] - offsets[0]} bytes"
-        raise InputError("ST-BYTES", where, found, f"{nbytes} bytes for {dtype} of shape {shape}")
-    return Entry(DTYPES[dtype], tuple(shape), start + offsets[0], nbytes)
+        raise InputError("ST-BYTES", where, found, f"{size} bytes for {dtype} of shape {shape}")
+    return Entry(DTYPES[dtype], tuple(shape), start + offsets[0], size)
 
 
 def whole_numbers(values: Any) -> bool:

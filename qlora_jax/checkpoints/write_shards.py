@@ -8,7 +8,6 @@ the longest. A file without such tensors has the bytes that the safetensors pack
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,8 +19,8 @@ import numpy as np
 
 from qlora_jax.checkpoints.aligned import aligned_empty
 from qlora_jax.checkpoints.atomic import new_folder, refuse_too_large
-from qlora_jax.checkpoints.files import opened
-from qlora_jax.checkpoints.safetensors_header import DTYPES, Spec
+from qlora_jax.checkpoints.files import bytes_of, opened
+from qlora_jax.checkpoints.safetensors_header import DTYPES, Spec, nbytes
 from qlora_jax.checkpoints.shards import INDEX, SINGLE, Shards
 from qlora_jax.errors import StorageError
 
@@ -122,8 +121,8 @@ class ShardWriter:
         """What the thread does with one tensor."""
         if name not in self.open_ended:
             file, offset = self.places[name]
-            write_all(file, as_bytes(array), offset)
-        self.digests[name] = hashlib.sha256(as_bytes(array)).digest()
+            write_all(file, bytes_of(array), offset)
+        self.digests[name] = hashlib.sha256(bytes_of(array)).digest()
 
     def wait(self) -> None:
         """Until the last tensor is written; raises what went wrong."""
@@ -140,7 +139,7 @@ class ShardWriter:
             header, offsets, size = self.header(names)
             for name in names:
                 if name in self.open_ended:
-                    write_all(file, as_bytes(self.open_ended[name]), start + offsets[name])
+                    write_all(file, bytes_of(self.open_ended[name]), start + offsets[name])
             os.ftruncate(file, start + size)
             header = header.ljust(start - 8)
             write_all(file, (start - 8).to_bytes(8, "little") + header, 0)
@@ -217,11 +216,6 @@ def model_folder(
                 (folder / name).write_bytes(content() if callable(content) else content)
 
 
-def nbytes(spec: Spec) -> int:
-    """Bytes of a tensor."""
-    return math.prod(spec[1]) * spec[0].itemsize
-
-
 def group(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     """The names in their order, cut so that no group has more bytes unless it is one tensor."""
     groups: list[list[str]] = [[]]
@@ -233,11 +227,6 @@ def group(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
         groups[-1].append(name)
         filled += nbytes(spec)
     return groups
-
-
-def as_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array."""
-    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -1,6 +1,5 @@
 """What is in a folder that `save_orbax` wrote, from its manifest: no array is read."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.checkpoints.manifest import read_manifest, understood
 from qlora_jax.checkpoints.orbax_io import ARRAYS
+from qlora_jax.checkpoints.safetensors_header import nbytes
 from qlora_jax.checkpoints.trees import unpack
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.weight_names import LAYERS
@@ -79,4 +79,4 @@ def layered(path: str, shape: list[int]) -> tuple[int, tuple[int, ...]]:
 
 def size(entry: dict[str, Any]) -> int:
     """Bytes of an array."""
-    return math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize
+    return nbytes((jnp.dtype(entry["dtype"]), entry["shape"]))
