@@ -4,6 +4,7 @@ llama.cpp's converter writes Llama 3's rule as the factors that follow from it, 
 back from them.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ import numpy as np
 
 from qlora_jax.checkpoints.gguf_names import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT
 from qlora_jax.errors import InputError, listed
+from qlora_jax.models.rope import Rope, inverse_frequencies
 
 if TYPE_CHECKING:
     from qlora_jax.checkpoints.gguf_config import Keys
 
 LOW, HIGH = 1.0, 4.0  # Llama 3's low_freq_factor and high_freq_factor
+SMALLEST = 0.999  # of the factors, whose fast ones are 1
 
 
 def rope_parameters(
@@ -98,15 +101,24 @@ def llama3(keys: "Keys", theta: float, head_dim: int, factors: np.ndarray) -> di
     Only the ratios of its two bounds to the original length show in them, so the bounds are taken
     to be the usual ones.
     """
+    if factors.shape != (head_dim // 2,) or factors.min() < SMALLEST:
+        found = f"{ROPE_FREQUENCIES} has {len(factors)} factors from {factors.min():g} on"
+        raise InputError("GG-ROPE", keys.where, found, f"{head_dim // 2} from 1 on")
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     factor = shortest(factors.max())
-    rule = {"factor": factor, "low_freq_factor": LOW, "high_freq_factor": HIGH}
+    rope = Rope(theta, "llama3", factor=factor, low_freq_factor=LOW, high_freq_factor=HIGH)
     for original in original_lengths(frequencies, factors):
-        rule["original_max_position_embeddings"] = original
-        expected = llama3_factors(frequencies, **rule)
-        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4, atol=0):
-            return {"rope_type": "llama3", "rope_theta": theta, **rule}
-    found = f"{ROPE_FREQUENCIES} does not follow Llama 3's rule with {rule}"
+        rope = dataclasses.replace(rope, original=original)
+        if np.allclose(factors, llama3_factors(rope, head_dim), rtol=1e-4, atol=0):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": LOW,
+                "high_freq_factor": HIGH,
+                "original_max_position_embeddings": original,
+            }
+    found = f"{ROPE_FREQUENCIES} does not follow Llama 3's rule with factor {factor}"
     raise InputError("GG-ROPE", keys.where, found)
 
 
@@ -114,25 +126,18 @@ def original_lengths(frequencies: np.ndarray, factors: np.ndarray) -> Iterator[i
     """Lengths from which such factors may come: usual ones, then what a factor between says."""
     yield from (8192, *(1 << power for power in range(4, 24)))
     between = np.flatnonzero((factors > factors.min()) & (factors < factors.max()))
-    if len(between) and factors.shape == frequencies.shape:
+    if len(between):
         low, high = 1 / factors.max(), 1 / factors.min()
         smooth = (1 / factors[between[0]] - low) / (high - low)
         turns = LOW + smooth * (HIGH - LOW)
         yield max(1, round(turns * 2 * np.pi / frequencies[between[0]]))
 
 
-def llama3_factors(
-    frequencies: np.ndarray,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-) -> np.ndarray:
+def llama3_factors(rope: Rope, head_dim: int) -> np.ndarray:
     """What Llama 3 divides each rotary frequency by: 1 for fast ones, `factor` for slow ones.
 
     Returns:
-      float64 (head_dim / 2,). Source: llama.cpp's convert_hf_to_gguf.py, which stores these.
+      float32 (head_dim / 2,). Source: llama.cpp's convert_hf_to_gguf.py, which stores these.
     """
-    turns = original_max_position_embeddings * frequencies / (2 * np.pi)
-    smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-    return 1 / np.interp(smooth, [0, 1], [1 / factor, 1])
+    plain = inverse_frequencies(dataclasses.replace(rope, rule="default"), head_dim)
+    return plain / inverse_frequencies(rope, head_dim)

@@ -1,6 +1,5 @@
 """A model's weights as llama.cpp stores them: names, order of rows, norms, number formats."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,12 +12,12 @@ from qlora_jax.checkpoints.gguf_names import (
     Architecture,
 )
 from qlora_jax.checkpoints.gguf_pack import BY_NAME
+from qlora_jax.checkpoints.gguf_rope import llama3_factors
 from qlora_jax.checkpoints.gguf_write import Spec
 from qlora_jax.checkpoints.names import hugging_face_names, split
 from qlora_jax.errors import listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
-from qlora_jax.models.rope import inverse_frequencies
 from qlora_jax.weight_names import LAYERS
 
 # llama.cpp has no architecture of its own for Mistral: it is a Llama without its window.
@@ -74,10 +73,9 @@ def join_halves(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     """What each rotary frequency is divided by, float32 (half,), for the rules that need it."""
-    rope, head_dim = config.rope, config.head_dim
+    rope = config.rope
     if rope.rule == "llama3":
-        plain = inverse_frequencies(dataclasses.replace(rope, rule="default"), head_dim)
-        return {ROPE_FREQUENCIES: plain / inverse_frequencies(rope, head_dim)}
+        return {ROPE_FREQUENCIES: llama3_factors(rope, config.head_dim)}
     if rope.rule == "longrope":
         pair = {ROPE_LONG: rope.long_factor, ROPE_SHORT: rope.short_factor}
         return {name: np.array(factors, np.float32) for name, factors in pair.items()}

@@ -17,6 +17,7 @@ from qlora_jax.errors import InputError
 from tests.checkpoints.gguf_files import (
     ARRAY,
     BOOL,
+    HEAD,
     HEADS,
     I32,
     STRING,
@@ -96,6 +97,11 @@ def without(name: str):
 
 def plus(name: str, shape: tuple[int, ...]):
     return lambda: tiny().put(name, np.ones(shape, np.float32), gguf.GGMLQuantizationType.F32)
+
+
+def with_frequencies(*factors: float):
+    values = np.array(factors, np.float32)
+    return lambda: tiny().put("rope_freqs.weight", values, gguf.GGMLQuantizationType.F32)
 
 
 def with_yarn(key: str, value: tuple[int, bytes]):
@@ -195,7 +201,10 @@ BAD = [
     ("a window", "GG-META", with_key("llama.attention.sliding_window", u32(8))),
     ("a matrix of frequencies", "GG-ROPE", plus("rope_freqs.weight", (8, 8))),
     ("eot out of range", "GG-VOCAB", with_key("tokenizer.ggml.eot_token_id", u32(VOCAB))),
-    ("foreign frequencies", "GG-ROPE", plus("rope_freqs.weight", (7,))),
+    ("frequencies of a wider head", "GG-ROPE", with_frequencies(*[1] * (HEAD // 2 + 1))),
+    ("foreign frequencies", "GG-ROPE", with_frequencies(*range(1, HEAD // 2 + 1))),
+    ("frequencies of 0", "GG-ROPE", with_frequencies(*[0] * (HEAD // 2))),
+    ("frequencies next to 0", "GG-ROPE", with_frequencies(*np.linspace(3e-45, 1e-44, HEAD // 2))),
     ("vocabulary too short", "GG-SHAPE", with_key(TOKENS, strings(["a", "b", "c"]))),
     ("vocabulary contradicted", "GG-VOCAB", with_key("llama.vocab_size", u32(9))),
     ("eos out of range", "GG-VOCAB", with_key("tokenizer.ggml.eos_token_id", u32(VOCAB))),
