@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora_jax.checkpoints.bnb4bit import QuantState, is_4bit, read_states
+from qlora_jax.checkpoints.bnb4bit import QuantState, is_4bit, is_beside, packed_specs, read_states
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.load import refuse_other_shape, source_dtype
 from qlora_jax.checkpoints.names import name_table, split
@@ -33,12 +33,11 @@ def describe_model(path: str | Path) -> Description:
         states = {}
         if isinstance(source, Shards) and is_4bit(source.config, str(path)):
             states = read_states(source)
-        beside = beside_of(source.names(), states)
-        own = [name for name in source.names() if name not in beside]
+        own = [name for name in source.names() if not (states and is_beside(name))]
         shapes = weight_shapes(config)
         table = name_table(own, shapes, config.num_hidden_layers, str(path))
         rows = {
-            name: stored_weight(source, name, states, beside)
+            name: stored_weight(source, name, states.get(name))
             for row in table.values()
             for name in row
         }
@@ -67,24 +66,15 @@ def tokenizer_of(source: Shards | GGUF) -> list[str]:
     return [f"{source.metadata[GGUF_TOKENIZER]}, in the metadata"]
 
 
-def beside_of(names: list[str], states: dict[str, QuantState]) -> dict[str, str]:
-    """The 4-bit weight that each tensor of scales and tables belongs to."""
-    owners = ((name, name.rsplit(".weight.", 1)[0] + ".weight") for name in names)
-    return {name: owner for name, owner in owners if name != owner and owner in states}
-
-
-def stored_weight(
-    source: Shards | GGUF, name: str, states: dict[str, QuantState], beside: dict[str, str]
-) -> Weight:
+def stored_weight(source: Shards | GGUF, name: str, state: QuantState | None) -> Weight:
     """One tensor of a model as it is stored."""
     if isinstance(source, GGUF):
         tensor = source.tensors[source.gguf_names[name]]
         return Weight(split(name)[0], 1, tensor.shape, tensor.block.name, tensor.nbytes)
-    if name not in states:
+    if state is None:
         return one_weight(name, source.places[name].entries[name])
-    state = states[name]
     scales = "float32 scales" if state.offset is None else "8-bit scales"
-    parts = [name, *(part for part, owner in beside.items() if owner == name)]
+    parts = packed_specs(name, state)
     nbytes = sum(source.places[part].entries[part].nbytes for part in parts)
     stored = f"{state.kind}, block {state.block_size}, {scales}"
     return Weight(split(name)[0], 1, state.shape, stored, nbytes)

@@ -13,14 +13,16 @@ from safetensors.numpy import load_file
 from qlora_jax.checkpoints.manifest import write_manifest
 from qlora_jax.checkpoints.orbax_io import load_orbax, save_orbax
 from qlora_jax.cli.main import main
-from qlora_jax.errors import StorageError
+from qlora_jax.errors import InputError, StorageError
 from qlora_jax.workflows.describe import describe
+from tests.checkpoints.bad_quant_states import BAD, edited
 from tests.checkpoints.torch_writer import torch_bytes
 from tests.cli.converted import write_home
 from tests.golden_data import golden_folder
 
 LINEARS = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)  # two layers
 REST = 2 * 256 * 64 + 5 * 64  # embeddings and head, norms
+NOT_SEEN = ("W-FINITE", "W4-MIXED")  # what is no name, shape or state
 
 
 def test_a_model():
@@ -49,14 +51,13 @@ def test_a_4bit_model():
     assert weights["model.norm.weight"].stored == "float32"
 
 
-def test_a_model_of_pytorch(tmp_path):
-    golden = golden_folder("models/llama")
-    shutil.copy(golden / "config.json", tmp_path)
-    state = load_file(golden / "model.safetensors")
-    (tmp_path / "pytorch_model.bin").write_bytes(torch_bytes(state))
-    found, same = describe(tmp_path), describe(golden)
-    assert found.files == ["pytorch_model.bin"]
-    assert (found.weights, found.facts, found.kind) == (same.weights, same.facts, same.kind)
+@pytest.mark.parametrize("case", [case for case in BAD if BAD[case][1] not in NOT_SEEN])
+def test_a_4bit_model_is_checked_as_when_it_is_loaded(tmp_path, case):
+    edit, code, words = BAD[case]
+    with pytest.raises(InputError) as error:
+        describe(edited(tmp_path, edit))
+    assert error.value.code == code, str(error.value)
+    assert words in str(error.value)
 
 
 def test_a_gguf_file():
@@ -109,14 +110,14 @@ def test_a_model_of_every_kind(family, tied, linears, capsys):
     assert len(shown.split("target_modules: ")[1].split(", ")) == linears
 
 
-def test_a_folder_of_pytorch(tmp_path, capsys):
+def test_a_folder_of_pytorch(tmp_path):
     source = golden_folder("models/llama")
     shutil.copy(source / "config.json", tmp_path)
     arrays = load_file(source / "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(torch_bytes(arrays))
-    found, expected = describe(tmp_path), describe(source)
+    found, same = describe(tmp_path), describe(source)
     assert found.files == ["pytorch_model.bin"]
-    assert found.weights == expected.weights
+    assert (found.weights, found.facts, found.kind) == (same.weights, same.facts, same.kind)
     assert main(["quantize", str(tmp_path), str(tmp_path / "packed")]) == 0
     assert main(["quantize", str(source), str(tmp_path / "same")]) == 0
     packed, same = (tmp_path / name / "model.safetensors" for name in ("packed", "same"))
@@ -138,18 +139,8 @@ def test_adapters_of_every_kind(capsys):
     assert main(["inspect", str(golden_folder("adapters/dora"))]) == 0
     shown = capsys.readouterr().out
     assert "use_dora True" in shown
-    row = [
-        *[
-            "model.layers.mlp.up_proj.lora_magnitude_vector",
-            "2",
-            "128",
-            "float32",
-            "32.00",
-            "1.02",
-            "kB",
-        ]
-    ]
-    assert row in [line.split() for line in shown.splitlines()]
+    row = "model.layers.mlp.up_proj.lora_magnitude_vector 2 128 float32 32.00 1.02 kB"
+    assert row.split() in [line.split() for line in shown.splitlines()]
     assert main(["inspect", str(golden_folder("adapters/modules_to_save"))]) == 0
     shown = capsys.readouterr().out
     assert "modules_to_save lm_head" in shown
