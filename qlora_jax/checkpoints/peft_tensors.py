@@ -13,6 +13,7 @@ from qlora_jax.adapters.spec import SAVED, LoraSpec, module_path
 from qlora_jax.checkpoints.safetensors_header import Entry
 from qlora_jax.errors import InputError, listed
 
+PREFIX = "base_model.model."  # PEFT wraps the model twice, and its keys say so
 DTYPES = ("float32", "bfloat16", "float16")
 SUFFIXES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 AXES = {"A": "(r, in)", "B": "(out, r)", "m": "(out,)", "weight": "(vocabulary, hidden)"}
@@ -38,7 +39,7 @@ def places(spec: LoraSpec) -> Iterator[tuple[str, Place]]:
         for layer, rank in enumerate(spec.ranks(module)):
             index = {"A": (layer, slice(rank)), "B": (layer, slice(None), slice(rank))}
             for kind in kinds if rank else ():
-                name = f"base_model.model.{module_path(layer, module)}.{SUFFIXES[kind]}"
+                name = f"{PREFIX}{module_path(layer, module)}.{SUFFIXES[kind]}"
                 yield name, Place(module, kind, index.get(kind, (layer,)))
     for module in spec.modules_to_save:
         yield saved_name(module), Place(module, "weight", ())
@@ -77,7 +78,7 @@ def check_entries(entries: Mapping[str, Entry], spec: LoraSpec, shapes: Shapes, 
 
 def saved_name(module: str) -> str:
     """PEFT's name of the weight of lm_head or embed_tokens."""
-    return f"base_model.model.{SAVED[module]}.weight"
+    return f"{PREFIX}{SAVED[module]}.weight"
 
 
 def cut(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:

@@ -4,13 +4,13 @@ import contextlib
 from pathlib import Path
 
 from qlora_jax.checkpoints.peft import CONFIG, open_tensors, present, read_extra
+from qlora_jax.checkpoints.peft_tensors import PREFIX
 from qlora_jax.checkpoints.strict_json import read_json
 from qlora_jax.weight_names import LAYERS
 from qlora_jax.workflows.companions import TOKENIZER, companions
 from qlora_jax.workflows.describe_model import one_weight
 from qlora_jax.workflows.description import Description, grouped
 
-PREFIX = "base_model.model."  # PEFT wraps the model twice, and its keys say so
 FACTS = (
     *("r", "lora_alpha", "use_rslora", "use_dora", "modules_to_save", "lora_dropout"),
     *("rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision"),
