@@ -136,3 +136,9 @@ def split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def join_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """`split_halves` undone: the rows of each rotary pair side by side."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)

@@ -10,6 +10,7 @@ from qlora_jax.checkpoints.gguf_names import (
     ROPE_LONG,
     ROPE_SHORT,
     Architecture,
+    join_halves,
 )
 from qlora_jax.checkpoints.gguf_pack import BY_NAME
 from qlora_jax.checkpoints.gguf_rope import llama3_factors
@@ -63,12 +64,6 @@ def stored(name: str, weight: np.ndarray, config: ModelConfig) -> np.ndarray:
         heads = config.num_attention_heads if query else config.num_key_value_heads
         return join_halves(weight, heads)
     return weight
-
-
-def join_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """`gguf_names.split_halves` undone: the rows of each rotary pair side by side."""
-    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:

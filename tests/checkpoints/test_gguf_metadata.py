@@ -9,10 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax.checkpoints.gguf_metadata import model_metadata
-from qlora_jax.checkpoints.gguf_names import split_halves
+from qlora_jax.checkpoints.gguf_names import join_halves, split_halves
 from qlora_jax.checkpoints.gguf_tensors import (
     architecture_of,
-    join_halves,
     rope_tensors,
     specs_of,
     stored,
