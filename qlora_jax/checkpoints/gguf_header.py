@@ -29,6 +29,7 @@ MAX_KEY = 65_535
 MAX_NAME = 63
 MIN_KEY_ENTRY, MIN_TENSOR_ENTRY = 13, 32  # bytes
 READ_AHEAD = 1 << 20
+ALIGNMENT = 32  # of tensors in a file that names no other
 
 SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
@@ -172,7 +173,7 @@ def read_count(cursor: Cursor, what: str, entry_bytes: int) -> int:
 
 def read_metadata(cursor: Cursor, count: int) -> tuple[dict, dict[str, tuple[int, int]], int]:
     """Keys to values, where each value lies, and the alignment of the data."""
-    metadata, spans, alignment = {}, {}, 32
+    metadata, spans, alignment = {}, {}, ALIGNMENT
     for index in range(count):
         key = cursor.string(f"metadata key {index}", MAX_KEY)
         if not key or key in metadata:
@@ -251,26 +252,29 @@ def read_tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, Tensor
             found = f"tensor {index} has {'the doubled name ' + name if name else 'no name'}"
             raise InputError("GG-NAME", cursor.where, found)
         entries[name] = read_entry(cursor, f"{cursor.where}: {name}")
-
-    def aligned(position: int) -> int:
-        return -(-position // alignment) * alignment
-
-    start, end = aligned(cursor.position), 0
+    start, end = aligned(cursor.position, alignment), 0
     tensors = {}
     for name, (shape, block, nbytes, offset) in entries.items():
         where = f"{cursor.where}: {name}"
-        if offset != aligned(end):
+        place = aligned(end, alignment)
+        if offset != place:
             found = f"begins at data byte {offset}"
-            raise InputError("GG-OFFSET", where, found, f"{aligned(end)}: no gap, no overlap")
+            raise InputError("GG-OFFSET", where, found, f"{place}: no gap, no overlap")
         end = offset + nbytes
         if start + end > cursor.size:
             found = f"truncated: ends at byte {start + end}, the file has {cursor.size}"
             raise InputError("GG-CUT", where, found, hint="download the file again")
         tensors[name] = Tensor(shape, block, start + offset, nbytes)
-    if cursor.size > start + aligned(end):  # a byte put in anywhere before shifts what follows
+    # A byte put in anywhere before shifts what follows.
+    if cursor.size > start + aligned(end, alignment):
         found = f"{cursor.size - start - end} bytes behind the last tensor"
         raise InputError("GG-TRAILING", cursor.where, found, hint="download the file again")
     return tensors
+
+
+def aligned(position: int, alignment: int = ALIGNMENT) -> int:
+    """The next place where a tensor may begin."""
+    return -(-position // alignment) * alignment
 
 
 def read_entry(cursor: Cursor, where: str) -> tuple[tuple[int, ...], Block, int, int]:

@@ -15,12 +15,19 @@ import numpy as np
 
 from qlora_jax.checkpoints.atomic import new_file, refuse_too_large
 from qlora_jax.checkpoints.finite import check_finite
-from qlora_jax.checkpoints.gguf_header import ARRAY, BOOL, MAX_NAME, STRING, U32, read_header
+from qlora_jax.checkpoints.gguf_header import (
+    ARRAY,
+    BOOL,
+    MAX_NAME,
+    STRING,
+    U32,
+    aligned,
+    read_header,
+)
 from qlora_jax.checkpoints.gguf_pack import BY_NAME, packed
 from qlora_jax.checkpoints.write_shards import write_all
 from qlora_jax.errors import InputError, StorageError
 
-ALIGNMENT = 32
 I32, F32 = 5, 6
 PIECE = 4 << 20  # bytes read again at once
 
@@ -139,11 +146,6 @@ def nbytes(spec: Spec) -> int:
     block = BY_NAME[spec[0]][1]
     assert spec[1][-1] % block.values == 0, f"{spec}: a row is no whole number of blocks"
     return math.prod(spec[1]) // block.values * block.nbytes
-
-
-def aligned(position: int) -> int:
-    """The next place where a tensor may begin."""
-    return -(-position // ALIGNMENT) * ALIGNMENT
 
 
 def text(value: str) -> bytes:
