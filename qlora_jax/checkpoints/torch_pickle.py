@@ -24,10 +24,11 @@ DEPTH_LIMIT = 100  # marks within marks
 NAME_LIMIT = 512  # bytes
 RANK_LIMIT = 8
 
-
+# What PyTorch itself writes for dtypes that are not read; v3 is of float8 and unsigned ints.
 UNREAD = {
-    *(f"torch {kind}Storage" for kind in ("ComplexFloat", "ComplexDouble", "QInt8", "QUInt8")),
-    *("torch QInt32Storage", "torch._utils _rebuild_tensor_v3"),  # v3: float8 and unsigned ints
+    *(f"torch Complex{kind}Storage" for kind in ("Float", "Double")),
+    *(f"torch Q{kind}Storage" for kind in ("Int8", "UInt8", "Int32")),
+    "torch._utils _rebuild_tensor_v3",
     "torch.storage UntypedStorage",
 }
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")

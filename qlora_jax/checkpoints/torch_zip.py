@@ -108,7 +108,7 @@ def find_directory(file: int, size: int, where: str) -> tuple[int, int, int]:
     plain = (disk, first, here, count, length, start)
     end, wide = size - END.size, plain
     locator = tail[-END.size - LOCATOR64.size : -END.size]
-    if locator[:4] == b"PK\x06\x07" and len(tail) > END.size + LOCATOR64.size + 3:
+    if locator[:4] == b"PK\x06\x07":
         end, wide = read_end64(tail, locator, tail_start, where)
     limits = (FULL16, FULL16, FULL16, FULL16, FULL32, FULL32)
     agree = all(p in (w, full) for p, w, full in zip(plain, wide, limits, strict=True))
