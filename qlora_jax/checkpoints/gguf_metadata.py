@@ -25,10 +25,8 @@ ROPE_RULES = {
     "gemma3": ("default", "linear"),
     "phi3": ("default", "longrope"),
 }
-BIASED = {
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "qwen2": ("q_proj", "k_proj", "v_proj"),
-}
+BIASED = ("q_proj", "k_proj", "v_proj")
+BIASED_IN_LLAMA = (*BIASED, "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def model_metadata(
@@ -132,7 +130,7 @@ def refuse_unsayable(config: ModelConfig, architecture: str, where: str) -> None
     refuse_rope(config, architecture, where)
     refuse_windows(config, architecture, where)
     biased = [name for name in linear_shapes(config) if has_bias(config, name)]
-    known = BIASED.get(architecture, ("q_proj", "k_proj", "v_proj"))
+    known = BIASED_IN_LLAMA if architecture == "llama" else BIASED
     if strange := [name for name in biased if not name.endswith(known)]:
         found = f"has biases that llama.cpp's {architecture} does not read: {listed(strange)}"
         raise InputError("GGOUT-BIAS", where, found)
