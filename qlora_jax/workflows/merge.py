@@ -39,8 +39,10 @@ def merge(
       dtype: of the result; the model's by default.
 
     Raises:
-      InputError: the adapter is not finite, or a merged weight is too large for `dtype`.
+      InputError: the adapter is not finite, a merged weight is too large for `dtype`, or
+        MERGE-ORIGINAL.
     """
+    refuse_packed(source)
     dtype, config = dtype or model.dtype, merged_config(model.config, adapter)
     stacked: dict[str, np.ndarray] = {}
     for name, shape in weight_shapes(config).items():

@@ -104,3 +104,11 @@ def test_the_original_base_is_read_from_its_source(base, lora):
 def test_the_original_base_needs_its_source(base, lora):
     with pytest.raises(InputError, match="original"):
         merge(base, lora, base="original")
+
+
+def test_a_4bit_folder_is_no_source_of_original_weights(base, lora):
+    with (
+        open_source(golden_folder("bnb_state") / "checkpoint") as source,
+        pytest.raises(InputError, match=r"MERGE-ORIGINAL.*the original weights are not in it"),
+    ):
+        merge(base, lora, base="original", source=source)
