@@ -89,8 +89,8 @@ def write_file(path: str | Path, data: bytes) -> None:
         flush(path.parent)
 
 
-def refuse_existing(path: Path) -> None:
-    """Nothing is ever overwritten."""
+def refuse_existing(path: str | Path) -> None:
+    """Nothing is ever overwritten; also asked before minutes of work."""
     if os.path.lexists(path):
         hint = "another name, or remove it first"
         raise InputError("OUT-EXISTS", str(path), "exists already", "a new path", hint)

@@ -120,6 +120,7 @@ class Loader:
         on_weight: OnWeight | None = None,
     ):
         self.source, self.where = source, str(source.path)
+        self.model_config = model_config
         self.quantization, self.dtype = quantization, jnp.dtype(dtype)
         self.progress, self.on_weight = progress, on_weight
         packed = is_4bit(source.config, self.where)

@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
     is_adapter = holds_adapter(args.path)
     check_kind(args, is_adapter)
     check_options(args, is_adapter)
-    from qlora_jax.workflows.convert import refuse_taken
+    from qlora_jax.checkpoints.atomic import refuse_existing
 
-    refuse_taken(args.out)
+    refuse_existing(args.out)
     write = {
         "hf": export_folder,
         "bnb-4bit": export_folder,

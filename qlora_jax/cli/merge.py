@@ -45,20 +45,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, and prints how far the result is from base + adapter."""
+    from qlora_jax.checkpoints.atomic import refuse_existing
     from qlora_jax.checkpoints.load import source_dtype
     from qlora_jax.checkpoints.peft import CONFIG, present
     from qlora_jax.cli.progress import bar
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.checked_merge import checked_merge
     from qlora_jax.workflows.companions import companions_of, has_tokenizer
-    from qlora_jax.workflows.convert import refuse_taken
     from qlora_jax.workflows.merge import refuse_packed
     from qlora_jax.workflows.open import load_model, open_source
     from qlora_jax.workflows.open_as_trained import choose
 
     if args.tolerance is not None and not args.tolerance > 0:
         raise InputError("MERGE-TOLERANCE", "--tolerance", f"{args.tolerance}", "above 0")
-    refuse_taken(args.out)
+    refuse_existing(args.out)
     present(Path(args.adapter), CONFIG)
     with open_source(args.model) as source:
         if args.base == "original":

@@ -57,13 +57,13 @@ def quantize_checkpoint(
       InputError: OUT-EXISTS, W4-REQUANTIZE for a 4-bit model, and what is wrong with the files.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
-    refuse_taken(out)
+    refuse_existing(out)
     errors: list[WeightError] = []
     with open_source(path) as source:
         if is_4bit(source.config, str(path)):
             found, hint = "is quantized already", "the dense model"
             raise InputError("W4-REQUANTIZE", path, found, "dense weights", hint)
-        loader = opened(
+        loader = loader_of(
             source,
             quantization or QuantizationConfig(),
             dtype,
@@ -93,10 +93,10 @@ def bnb_checkpoint(
     Raises:
       InputError: as `quantize_checkpoint`, and W4-INT4 for a source that bitsandbytes cannot read.
     """
-    refuse_taken(out)
+    refuse_existing(out)
     with open_source(path) as source:
         how = None if is_4bit(source.config, str(path)) else QuantizationConfig()
-        loader = opened(source, how, dtype, progress=progress)
+        loader = loader_of(source, how, dtype, progress=progress)
         if any(state.kind == "int4" for state in loader.states.values()):
             found, hint = "holds int4, which bitsandbytes does not read", "--format hf"
             raise InputError("W4-INT4", path, found, "nf4 or fp4", hint)
@@ -123,7 +123,7 @@ def write_4bit(
     return has_tokenizer(files)
 
 
-def opened(
+def loader_of(
     source: Source, quantization: QuantizationConfig | None, dtype: str | None, **calls: Any
 ) -> Loader:
     """The weights of a source, in its own dtype where none is named."""
@@ -161,12 +161,12 @@ def dense_checkpoint(
     Returns:
       Whether a tokenizer was copied.
     """
-    refuse_taken(out)
+    refuse_existing(out)
     with open_source(path) as source:
-        loader = opened(source, None, dtype, progress=progress)
+        loader = loader_of(source, None, dtype, progress=progress)
         files = companions_of(source)
         save_merged(
-            ModelConfig.from_dict(source.config, str(path)),
+            loader.model_config,
             dense_weights(loader),
             source.config,
             out,
@@ -184,11 +184,6 @@ def dense_weights(loader: Loader) -> Iterator[tuple[str, np.ndarray]]:
             weight = np.asarray(weight.dequantize("float32"))
         yield name, weight
         del weight  # before the one behind the next is read
-
-
-def refuse_taken(out: str | Path) -> None:
-    """Before minutes of work: nothing is ever overwritten."""
-    refuse_existing(Path(out))
 
 
 def parameters(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_jax.adapters.adapter import Adapter, check_finite
 from qlora_jax.checkpoints import manifest, peft
+from qlora_jax.checkpoints.atomic import refuse_existing
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.gguf_lora import lora_metadata, lora_tensors
 from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES, model_metadata
@@ -18,7 +19,7 @@ from qlora_jax.errors import InputError, listed
 from qlora_jax.models import ModelConfig
 from qlora_jax.models.families import module_shapes
 from qlora_jax.workflows.companions import companions, has_tokenizer, names_tokenizer
-from qlora_jax.workflows.convert import dense_weights, refuse_taken
+from qlora_jax.workflows.convert import dense_weights
 from qlora_jax.workflows.open import open_source
 
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of a source's own dtype
@@ -49,7 +50,7 @@ def export_gguf(
         with the files of `path`.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
-    refuse_taken(out)
+    refuse_existing(out)
     with open_source(path) as source:
         where = str(source.path)
         config = ModelConfig.from_dict(source.config, where)
@@ -86,7 +87,7 @@ def export_gguf_lora(
         LORA-FINITE, and what is wrong with the files.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
-    refuse_taken(out)
+    refuse_existing(out)
     kind = "f32" if type is None else type
     if kind not in TYPES.values():
         raise InputError("GGOUT-TYPE", "--type", f"unknown type {type!r}", listed(TYPES.values()))
