@@ -9,11 +9,11 @@ from qlora_jax.checkpoints.gguf_blocks import BLOCKS
 from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES
 from qlora_jax.checkpoints.gguf_names import ARCHITECTURES
 from qlora_jax.checkpoints.gguf_pack import PACKERS
-from qlora_jax.cli.export import FORMATS, TYPES
+from qlora_jax.cli.export import FORMATS, GGUF_TYPES
 from qlora_jax.cli.options import DTYPES, KINDS
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.train.config import TrainConfig
-from qlora_jax.workflows.export_gguf import TYPES as OF_DTYPES
+from qlora_jax.workflows.export_gguf import TYPES
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "formats.md").read_text()
@@ -39,7 +39,7 @@ def test_ggufs_formats_and_architectures():
 def test_every_format_and_value_of_an_option():
     out = re.search(r"\| `--format` .*?\n\n", PAGE, re.DOTALL)[0].splitlines()[2:]
     assert {row.split("|")[1].strip() for row in out if row} == set(FORMATS)
-    for option, values in {"--dtype": DTYPES, "--type": TYPES}.items():
+    for option, values in {"--dtype": DTYPES, "--type": GGUF_TYPES}.items():
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{option} "))
         assert set(re.search(r"`(.*?)`", row)[1].replace(",", "").split()[1:]) == set(values)
 
@@ -48,10 +48,10 @@ def test_a_list_that_stands_twice_is_one():
     """The command line keeps its own, since it starts without the modules that have them."""
     assert set(KINDS) == set(CODEBOOKS)
     assert get_args(TrainConfig.model_fields["quant_type"].annotation) == KINDS
-    assert set(TYPES) == set(FILE_TYPES) == {name.lower() for name in PACKERS}
+    assert set(GGUF_TYPES) == set(FILE_TYPES) == {name.lower() for name in PACKERS}
     assert get_args(TrainConfig.model_fields["dtype"].annotation) == DTYPES
-    assert set(DTYPES) == set(OF_DTYPES)
-    assert set(OF_DTYPES.values()) <= set(TYPES)
+    assert set(DTYPES) == set(TYPES)
+    assert set(TYPES.values()) <= set(GGUF_TYPES)
 
 
 def test_every_code_and_area_is_one_of_ours():

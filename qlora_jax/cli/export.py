@@ -21,9 +21,9 @@ from qlora_jax.errors import InputError, nearest
 
 OF_MODELS = ("hf", "bnb-4bit", "gguf", "orbax")
 OF_ADAPTERS = ("peft", "gguf-lora", "orbax")
-FORMATS = ("hf", "bnb-4bit", "peft", "gguf", "gguf-lora", "orbax")
+FORMATS = tuple(dict.fromkeys(OF_MODELS + OF_ADAPTERS))
 GGUF = ("gguf", "gguf-lora")
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     dtype_argument(parser, "what is written dense")
     parser.add_argument(
         "--type",
-        choices=TYPES,
+        choices=GGUF_TYPES,
         help="of a GGUF file's matrices (default: as --dtype)",
     )
     shard_argument(parser)
