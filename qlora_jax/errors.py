@@ -5,9 +5,11 @@ Every error that a user can cause is one of these; the command line prints the l
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 SHOWN = 10  # names listed in one message; the rest is counted
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says when there is no room
 
 
 class QloraError(Exception):

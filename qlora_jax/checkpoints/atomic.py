@@ -6,7 +6,6 @@ are removed by the next writer of the same name. A single file is written inside
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -15,10 +14,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_jax.errors import InputError, StorageError
+from qlora_jax.errors import FULL, InputError, StorageError
 
 CLAIMED: set[str] = set()  # temporary folders that this process holds the lock of
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager

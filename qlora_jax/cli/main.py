@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from qlora_jax.errors import InputError, Note, QloraError, StorageError, listed, nearest
+from qlora_jax.errors import FULL, InputError, Note, QloraError, StorageError, listed, nearest
 
 COMMANDS = {
     "train": "fine-tune an adapter on a 4-bit model, as a configuration file says",
@@ -30,7 +30,6 @@ COMMANDS = {
 
 USAGE = "usage: qlora-jax COMMAND ...      (qlora-jax COMMAND --help says more)"
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
