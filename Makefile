@@ -35,7 +35,7 @@ test-fast: setup
 
 test-reliability: setup
 	@RELIABILITY_JSON=benchmarks/results/reliability.json \
-	  $(BIN)/python -m pytest --quiet -m "not gpu" tests/reliability
+	  $(BIN)/python -m pytest --quiet -rs -m "not gpu" tests/reliability
 
 lint: setup
 	@$(BIN)/ruff check --quiet

@@ -1,7 +1,8 @@
 """The workers; and the results, written to the file that RELIABILITY_JSON names.
 
 A test module says which rule it shows: RULE = "R20". Each of its tests is a case, unless the test
-records `cases` and `passed` itself, as pytest's properties.
+records `cases` and `passed` itself, as pytest's properties. Why tests of a rule were skipped stands
+beside its numbers, which are smaller then.
 """
 
 import datetime
@@ -50,9 +51,14 @@ class Results:
 
     def pytest_runtest_logreport(self, report) -> None:
         found = dict(report.user_properties)
-        if "rule" not in found or report.skipped or (report.when != "call" and report.passed):
+        if "rule" not in found or (report.when != "call" and report.passed):
             return
         row = self.rules.setdefault(found["rule"], {"cases": 0, "passed": 0})
+        if report.skipped:
+            reasons = row.setdefault("skipped", {})
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            reasons[reason] = reasons.get(reason, 0) + 1
+            return
         row["cases"] += found.get("cases", 1)
         row["passed"] += found.get("passed", 1) if report.passed or "passed" in found else 0
         found.setdefault("slowest_seconds", report.duration if "cases" not in found else 0.0)
