@@ -27,27 +27,14 @@ from tests.reliability.worker import Report, Worker
 RULE = "R20"
 SLOW, GROWTH = 2.0, 64 << 20
 CONFIG_KEYS = (
-    *(
-        "rope_scaling",
-        "rope_parameters",
-        "auto_map",
-        "quantization_config",
-        "partial_rotary_factor",
-    ),
-    *("trust_remote_code", "attn_logit_softcapping", "sliding_window", "layer_types", "rope_theta"),
-)
+    "rope_scaling", "rope_parameters", "auto_map", "quantization_config", "partial_rotary_factor",
+    "trust_remote_code", "attn_logit_softcapping", "sliding_window", "layer_types", "rope_theta",
+)  # fmt: skip
 ADAPTER_KEYS = ("auto_mapping", "megatron_config", "layer_replication", "layers_to_transform", "x")
 TOKENIZER_KEYS = (
-    *(
-        "auto_map",
-        "tokenizer_file",
-        "vocab_file",
-        "added_tokens_decoder",
-        "pad_token",
-        "name_or_path",
-    ),
-    *("extra_special_tokens", "additional_special_tokens", "padding_side", "chat_template"),
-)
+    "auto_map", "tokenizer_file", "vocab_file", "added_tokens_decoder", "pad_token", "name_or_path",
+    "extra_special_tokens", "additional_special_tokens", "padding_side", "chat_template",
+)  # fmt: skip
 
 
 class Kind:
@@ -167,7 +154,9 @@ def problem(report: Report, reference: Report, may_change: int, said: dict) -> s
         return f"memory grew by {report.grown >> 20} MiB"
     if report.outside:
         return f"reached outside the folder: {report.outside}"
-    return difference(report, reference, may_change, said) if report.values else ""
+    if report.outcome == "loaded":
+        return difference(report, reference, may_change, said)
+    return ""
 
 
 def difference(report: Report, reference: Report, may_change: int, said: dict) -> str:

@@ -83,22 +83,17 @@ def as_bytes(content) -> bytes:
 
 def test_crafted_files(tmp_path, worker_of, record_property):
     cases = {**{name: content for name, _, content in BAD_JSON}, **CRAFTED}
-    pristine, folder, wrong, reports = (
-        clean.tokenizer(tmp_path / "clean"),
-        tmp_path / "case",
-        [],
-        [],
-    )
-    clean.tokenizer(folder)
+    pristine, folder = clean.tokenizer(tmp_path / "clean"), clean.tokenizer(tmp_path / "case")
+    wrong, reports = [], []
     worker = worker_of("tokenizer")
     worker.learn(pristine)
     for name, content in cases.items():
         (folder / "tokenizer.json").write_bytes(as_bytes(content))
         report = worker.load(folder)
         reports.append(report)
-        if report.outcome not in ("refused", *(["loaded"] if name in GOOD else [])):
-            wrong.append((name, report))
-        if report.outcome == "refused" and not report.code.startswith("TOK-"):
+        good = report.outcome == "loaded"
+        refused = report.outcome == "refused" and report.code.startswith("TOK-")
+        if not (good if name in GOOD else refused):
             wrong.append((name, report))
     (folder / "tokenizer.json").write_bytes((pristine / "tokenizer.json").read_bytes())
     assert worker.load(folder).outcome == "loaded"
