@@ -110,7 +110,7 @@ def with_yarn(key: str, value: tuple[int, bytes]):
     return lambda: file.set(scaling + key, value)
 
 
-NORM, NORMS_BYTES = "output_norm.weight", WIDTH * 4
+NORM = "output_norm.weight"
 Q = "blk.0.attn_q.weight"
 TOKENS = "tokenizer.ggml.tokens"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432\n"
