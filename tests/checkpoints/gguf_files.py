@@ -99,11 +99,28 @@ def weights(width: int = WIDTH) -> dict[str, np.ndarray]:
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's converter does to q and k: row (half, i) of a head goes to row (i, half)."""
-    out = np.empty_like(weight)
+    out, pairs = np.empty_like(weight), len(weight) // heads // 2
     for row in range(len(weight)):
-        head, half, i = row // HEAD, row % HEAD // (HEAD // 2), row % (HEAD // 2)
-        out[head * HEAD + 2 * i + half] = weight[row]
+        head, half, i = row // (2 * pairs), row // pairs % 2, row % pairs
+        out[2 * (head * pairs + i) + half] = weight[row]
     return out
+
+
+def llama3_factors(rule: dict, head_dim: int) -> np.ndarray:
+    """Llama 3's rule, one frequency at a time, as llama.cpp's converter writes it.
+
+    Args:
+      rule: config.json's rope_parameters.
+    """
+    original, factors = rule["original_max_position_embeddings"], []
+    low, high, factor = rule["low_freq_factor"], rule["high_freq_factor"], rule["factor"]
+    for i in range(head_dim // 2):
+        wavelength = 2 * np.pi * rule["rope_theta"] ** (2 * i / head_dim)
+        smooth = (original / wavelength - low) / (high - low)
+        slowed = 1 / ((1 - smooth) / factor + smooth)
+        is_fast, is_slow = wavelength < original / high, wavelength > original / low
+        factors.append(1.0 if is_fast else factor if is_slow else slowed)
+    return np.array(factors, np.float32)
 
 
 def tiny(width: int = WIDTH) -> File:

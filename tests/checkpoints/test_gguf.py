@@ -18,6 +18,7 @@ from tests.checkpoints.gguf_files import (
     VOCAB,
     WIDTH,
     f32,
+    llama3_factors,
     string,
     tiny,
     u32,
@@ -93,26 +94,8 @@ def test_a_matrix_of_k_blocks(opened, name):
     assert len(np.unique(read)) > 100
 
 
-def llama3_factors(factor: float) -> np.ndarray:
-    """Llama 3's rule, one frequency at a time, as llama.cpp's converter writes it."""
-    factors = []
-    for i in range(HEAD // 2):
-        wavelength = 2 * np.pi * 10000.0 ** (2 * i / HEAD)
-        if wavelength < 8192 / 4:
-            factors.append(1.0)
-        elif wavelength > 8192:
-            factors.append(factor)
-        else:
-            smooth = (8192 / wavelength - 1) / 3
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(factors, np.float32)
-
-
 def test_llama_3_frequency_factors_become_its_rule_again(opened):
-    factors = llama3_factors(8.0)
-    assert len(set(factors.tolist())) == 3  # untouched, between, and slowed by 8
-    file = tiny().put("rope_freqs.weight", factors, gguf.GGMLQuantizationType.F32)
-    assert opened(file).config["rope_parameters"] == {
+    rule = {
         "rope_type": "llama3",
         "rope_theta": 10000.0,
         "factor": 8.0,
@@ -120,6 +103,10 @@ def test_llama_3_frequency_factors_become_its_rule_again(opened):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+    factors = llama3_factors(rule, HEAD)
+    assert len(set(factors.tolist())) == 3  # untouched, between, and slowed by 8
+    file = tiny().put("rope_freqs.weight", factors, gguf.GGMLQuantizationType.F32)
+    assert opened(file).config["rope_parameters"] == rule
 
 
 def test_linear_rope_scaling(opened):

@@ -10,7 +10,7 @@ from qlora_jax.checkpoints.load import load_weights
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
-from tests.checkpoints.gguf_files import File, f32, string, u32
+from tests.checkpoints.gguf_files import File, f32, interleave, llama3_factors, string, u32
 from tests.golden_data import GOLDEN, GoldenFile
 from tests.tolerances import LOGITS_ATOL
 
@@ -32,28 +32,6 @@ UNSAID = {
     *("use_cache", "resid_pdrop", "embd_pdrop", "max_window_layers", "_sliding_window_pattern"),
     "use_bidirectional_attention",
 }
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q's and k's rows: row (half, i) of a head goes to row (i, half)."""
-    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
-    return np.concatenate(
-        [np.stack(list(zip(*head, strict=True))).reshape(-1, *weight.shape[1:]) for head in halves]
-    )
-
-
-def llama3_factors(config: dict) -> np.ndarray:
-    """Llama 3's rule, one frequency at a time, as llama.cpp's converter writes it."""
-    rule, dim = config["rope_parameters"], config["head_dim"]
-    original, factors = rule["original_max_position_embeddings"], []
-    low, high, factor = rule["low_freq_factor"], rule["high_freq_factor"], rule["factor"]
-    for i in range(dim // 2):
-        wavelength = 2 * np.pi * rule["rope_theta"] ** (2 * i / dim)
-        smooth = (original / wavelength - low) / (high - low)
-        slowed = 1 / ((1 - smooth) / factor + smooth)
-        is_fast, is_slow = wavelength < original / high, wavelength > original / low
-        factors.append(1.0 if is_fast else factor if is_slow else slowed)
-    return np.array(factors, np.float32)
 
 
 def written(name: str, kind: gguf.GGMLQuantizationType) -> File:
@@ -102,13 +80,13 @@ def written(name: str, kind: gguf.GGMLQuantizationType) -> File:
         if architecture.startswith("gemma") and weight_name.endswith("norm.weight"):
             weight = weight + np.float32(1)
         if architecture == "llama" and ".q_proj." in weight_name:
-            weight = permuted(weight, config["num_attention_heads"])
+            weight = interleave(weight, config["num_attention_heads"])
         if architecture == "llama" and ".k_proj." in weight_name:
-            weight = permuted(weight, config["num_key_value_heads"])
+            weight = interleave(weight, config["num_key_value_heads"])
         stored = table.get_name(weight_name, try_suffixes=(".weight", ".bias"))
         file.put(stored, weight, kind if weight.ndim == 2 else F32)
     if rope.get("rope_type") == "llama3":
-        file.put("rope_freqs.weight", llama3_factors(config), F32)
+        file.put("rope_freqs.weight", llama3_factors(rope, config["head_dim"]), F32)
     return file
 
 
@@ -269,7 +247,7 @@ def test_biases_of_a_llama_are_permuted_with_its_rows(opened):
     for layer in range(2):
         for part, width, heads in (("q", 64, 4), ("k", 32, 2), ("v", 32, 0), ("output", 64, 0)):
             bias = rng.standard_normal(width).astype(np.float32)
-            stored = permuted(bias, heads) if heads else bias
+            stored = interleave(bias, heads) if heads else bias
             file.put(f"blk.{layer}.attn_{part}.bias", stored, F32)
             biases[f"model.layers.{layer}.self_attn.{part[0]}_proj.bias"] = bias
     source = opened(file)
