@@ -64,3 +64,25 @@ REORDERED_SUM_ATOL = 1e-4
 
 # models.rope: cosines of float32 angles of up to 200 radians, each half a unit (8e-6) off.
 ROTATION_ATOL = 2e-5
+
+# adapters.dora: float32 lengths of rows, or their squares, against NumPy's of the same numbers ...
+ROW_LENGTH_RTOL = 1e-6
+# ... and from three sums, in which W + s B A itself is never made.
+ROW_LENGTH_BY_SUMS_RTOL = 2e-6
+# A new adapter adds zeros, but the sums of float32 logits may come in another order.
+NEW_ADAPTER_ATOL = 1e-5
+# Modules trained in full: a float32 loss, and gradients summed over 22 positions, in two orders.
+SAVED_LOSS_RTOL = 1e-6
+SAVED_GRADIENT_RTOL = 1e-4
+SAVED_GRADIENT_ATOL = 1e-5
+
+# Merged weights of the largest logit: they are rounded to float32 once more.
+MERGED_LOGITS_RELATIVE = 1e-3
+
+# GGUF: Gemma's norms near 1 get 1 added and taken away in float32, half a unit (6e-8) each time.
+GGUF_NORM_ATOL = 1e-7
+# Float32 logits of the same weights; Llama 3's RoPE becomes factors in float32.
+GGUF_LOGITS_ATOL = 1e-5
+# s B A against float64: alpha, s and a B that is multiplied for another alpha are float32.
+GGUF_DELTA_RTOL = 1e-6
+GGUF_DELTA_ATOL = 1e-7

@@ -16,7 +16,7 @@ from qlora_jax.models import linear
 from qlora_jax.models.linear import Branch, Linear
 from qlora_jax.quantization.tensor import quantize
 from tests.golden_data import GoldenFile
-from tests.tolerances import VJP_ATOL, VJP_RTOL
+from tests.tolerances import ROW_LENGTH_BY_SUMS_RTOL, ROW_LENGTH_RTOL, VJP_ATOL, VJP_RTOL
 
 SCALE = jnp.float32(1.5)
 INPUTS = ("x", "dy", "W", "bias", "A", "B", "m", "kept")
@@ -70,7 +70,7 @@ def dense(weight) -> jax.Array:
 def test_row_squares_are_those_of_the_dense_matrix(base, strict_promotion):
     weight = bases()[base]
     wanted = np.square(np.asarray(dense(weight), np.float64)).sum(1)
-    np.testing.assert_allclose(row_squares(weight), wanted, rtol=1e-6)
+    np.testing.assert_allclose(row_squares(weight), wanted, rtol=ROW_LENGTH_RTOL)
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "flat", "halves"])
@@ -142,5 +142,6 @@ def test_in_bfloat16_the_lengths_are_still_float32(strict_promotion):
 def test_the_length_formula(strict_promotion):
     W, A, Bt = normal(3, 24, 128), normal(0, 4, 128), normal(1, 4, 24)
     found = row_norms(row_squares(W), A @ W.T, A, Bt, SCALE)
-    np.testing.assert_allclose(found, np.linalg.norm(W + SCALE * Bt.T @ A, axis=1), rtol=2e-6)
+    wanted = np.linalg.norm(W + SCALE * Bt.T @ A, axis=1)
+    np.testing.assert_allclose(found, wanted, rtol=ROW_LENGTH_BY_SUMS_RTOL)
     np.testing.assert_array_equal(stretch(found, found, SCALE), np.ones(24))

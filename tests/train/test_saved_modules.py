@@ -12,6 +12,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.train.loss import loss_fn
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
+from tests.tolerances import SAVED_GRADIENT_ATOL, SAVED_GRADIENT_RTOL, SAVED_LOSS_RTOL
 
 LENGTH = 12
 
@@ -36,10 +37,8 @@ def test_gradients_reach_saved_modules_through_loss_and_logits(model, names):
         lora.params, model, batch, spec=lora.spec
     )
     wanted_loss, wanted = jax.value_and_grad(plain)(lora.params)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=SAVED_LOSS_RTOL)
     for name in names:
-        gradient = wanted[name]["weight"]
-        np.testing.assert_allclose(found[name]["weight"], gradient, rtol=1e-4, atol=1e-5)
-        assert np.abs(gradient).max() > 1e-2
+        assert np.abs(wanted[name]["weight"]).max() > 1e-2
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one, other, rtol=SAVED_GRADIENT_RTOL, atol=SAVED_GRADIENT_ATOL)

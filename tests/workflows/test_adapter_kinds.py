@@ -9,6 +9,7 @@ from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.adapter_folder import load_adapter
 from qlora_jax.workflows.header import adapted, header, millions
 from qlora_jax.workflows.training import open_run
+from tests.tolerances import NEW_ADAPTER_ATOL
 from tests.workflows.runs import assert_same, quiet, trainer
 
 KINDS = {
@@ -40,7 +41,7 @@ def test_a_new_adapter_of_any_kind_changes_nothing(opened):
     base = model(ids)
     for settings in KINDS.values():
         lora = init_lora(model, r=4, key=jax.random.key(0), **settings)
-        np.testing.assert_allclose(model(ids, adapter=lora), base, atol=1e-5)
+        np.testing.assert_allclose(model(ids, adapter=lora), base, atol=NEW_ADAPTER_ATOL)
 
 
 def test_the_header_counts_all_that_is_trained(home, tmp_path, opened):

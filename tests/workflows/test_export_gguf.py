@@ -24,6 +24,7 @@ from qlora_jax.workflows.export_gguf import export_gguf
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import GOLDEN, golden_folder
 from tests.tiny_model import write_tiny_model
+from tests.tolerances import GGUF_LOGITS_ATOL, GGUF_NORM_ATOL
 
 FAMILIES = sorted(path.name for path in (GOLDEN / "models").iterdir() if path.is_dir())
 NO_TOKENIZER = "the source has no tokenizer, so the file has none: llama.cpp takes token ids alone"
@@ -61,11 +62,12 @@ def test_every_family_goes_round(tmp_path, name):
         assert set(source.names()) == set(weights)
         for key, weight in weights.items():
             shifted = name.startswith("gemma") and "norm" in key  # 1 is added, and taken away
-            atol = 1e-7 if shifted else 0
+            atol = GGUF_NORM_ATOL if shifted else 0
             np.testing.assert_allclose(source.read(key), weight, rtol=0, atol=atol)
     if name in ("llama3_rope", "mistral"):
         ids = text_ids(name)
-        np.testing.assert_allclose(logits(out, ids), logits(golden(name), ids), atol=1e-5)
+        expected = logits(golden(name), ids)
+        np.testing.assert_allclose(logits(out, ids), expected, atol=GGUF_LOGITS_ATOL)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
@@ -122,7 +124,8 @@ def test_half_precision_is_kept_bit_for_bit(tmp_path, dtype):
             read = written.read(name)
             assert read.dtype.name == ("float32" if read.ndim == 1 else dtype)
             if read.ndim == 1:  # norms, to which 1 is added in float32
-                np.testing.assert_allclose(read, half.read(name).astype(np.float32), atol=1e-7)
+                expected = half.read(name).astype(np.float32)
+                np.testing.assert_allclose(read, expected, atol=GGUF_NORM_ATOL)
             else:
                 np.testing.assert_array_equal(read, half.read(name))
 

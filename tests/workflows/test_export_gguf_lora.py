@@ -17,6 +17,7 @@ from qlora_jax.models import ModelConfig
 from qlora_jax.models.families import linear_shapes, module_shapes
 from qlora_jax.workflows.export_gguf import export_gguf_lora
 from tests.golden_data import golden_folder
+from tests.tolerances import GGUF_DELTA_ATOL, GGUF_DELTA_RTOL
 
 BASE = golden_folder("adapters/base")
 PARTS = {
@@ -78,7 +79,7 @@ def test_the_delta_is_pefts(tmp_path, name):
         a, b = (tensors[f"{path}.lora_{matrix}.weight"].astype(np.float64) for matrix in "AB")
         expected = spec.scales(target)[int(layer)] * (b @ a)
         delta = rows_of_a_llama(delta, HEADS[part]) if part in HEADS else delta
-        np.testing.assert_allclose(delta, expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(delta, expected, rtol=GGUF_DELTA_RTOL, atol=GGUF_DELTA_ATOL)
         count += 2
     assert count == len(tensors)
 

@@ -18,6 +18,7 @@ from qlora_jax.workflows.describe import describe
 from qlora_jax.workflows.open import load_model, open_source
 from tests.cli.converted import filled
 from tests.golden_data import GOLDEN, golden_folder
+from tests.tolerances import MERGED_LOGITS_RELATIVE
 
 FAMILIES = sorted(path.name for path in (GOLDEN / "models").iterdir() if path.is_dir())
 KINDS = {
@@ -31,7 +32,6 @@ CASES = [
     *(("llama_tied", kind) for kind in KINDS if kind != "lora"),
     ("phi3", "dora"),
 ]
-RELATIVE = 1e-3  # of the largest logit: the merged weights are rounded to float32 once more
 IDS = np.random.default_rng(0).integers(0, 256, (1, TOKENS)).astype(np.int32)
 # The same program as that of the merge's own check, so that it is compiled once.
 LOGITS = jax.jit(lambda model, ids, adapter: model(ids, adapter=adapter))
@@ -51,8 +51,13 @@ def logits(model: Decoder, adapter: Adapter | None = None) -> np.ndarray:
     return np.asarray(LOGITS(model, IDS, adapter))
 
 
+def bound(expected: np.ndarray) -> float:
+    """How far logits may be from `expected`."""
+    return MERGED_LOGITS_RELATIVE * np.abs(expected).max()
+
+
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=RELATIVE * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound(expected))
 
 
 @pytest.mark.slow
@@ -67,7 +72,7 @@ def test_merged_answers_as_base_and_adapter(family, kind, tmp_path, capsys):
     lora = load_adapter(adapter, base)
     expected = logits(base, lora)
     if family == "llama":  # the adapter is no small thing beside the tolerance
-        assert np.abs(expected - logits(base)).max() > 10 * RELATIVE * np.abs(expected).max()
+        assert np.abs(expected - logits(base)).max() > 10 * bound(expected)
 
     arguments = ["--model", str(packed), "--tolerance", "0.1"]
     assert main(["merge", str(adapter), str(merged), *arguments]) == 0
