@@ -29,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +165,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "packed_bytes": packed}
 
 
-def measured(work: Any, allowed: int) -> dict[str, Any]:
+def measured(work: Callable[[], Any], allowed: int) -> dict[str, Any]:
     """Seconds and peak memory of `work`, after a small matrix was quantized."""
     import numpy as np
 
@@ -225,18 +227,17 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - started
 
     runs = {"ours": ours}
-    if args.bnb:
-        peer = Bitsandbytes(args.bnb, double=True)
-        peer.prepare(op="quantize", path=str(args.model), names=names)
-        runs["bitsandbytes"] = lambda: peer.run("bitsandbytes")
-    for run in runs.values():
-        run()  # compiles, and makes threads
-    weights = sum(array.size for array in arrays)
-    rates = {name: weights / timing.median for name, timing in in_turn(runs, ROUNDS).items()}
+    with Bitsandbytes(args.bnb, double=True) if args.bnb else nullcontext() as peer:
+        if peer:
+            peer.prepare(op="quantize", path=str(args.model), names=names)
+            runs["bitsandbytes"] = lambda: peer.run("bitsandbytes")
+        for run in runs.values():
+            run()  # compiles, and makes threads
+        weights = sum(array.size for array in arrays)
+        rates = {name: weights / timing.median for name, timing in in_turn(runs, ROUNDS).items()}
     found: dict[str, Any] = {"weights": weights, "rounds": ROUNDS, **rates}
-    if args.bnb:
+    if peer:
         found |= {"ratio": rates["ours"] / rates["bitsandbytes"], "versions": peer.versions}
-        peer.__exit__()
     return found
 
 
