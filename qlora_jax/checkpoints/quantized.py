@@ -39,7 +39,7 @@ def save_quantized(
       plan: Hugging Face name -> what the weight becomes: `Loader.plan`.
       weights: (name, weight) of each, made one at a time, with NumPy leaves: `Loader.weights`.
       config: config.json of the model; quantization_config is added as transformers has it, or
-        kept as the source had it.
+        kept as the source had it but for WRITTEN.
       out: a path where nothing is yet.
       extra_files: as for `model_folder`: the tokenizer's, for instance.
       shard_bytes: more than this is split into shards with an index.
