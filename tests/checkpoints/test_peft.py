@@ -1,74 +1,22 @@
+"""Adapters go out to PEFT's folders and come back as they were."""
+
 import json
-import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.spec import make_spec
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.peft import load_adapter, read_extra, save_adapter
 from qlora_jax.errors import InputError, StorageError
-from tests.adapters.small_model import SmallModel
+from tests.checkpoints.peft_folders import MODEL, Q0, edit_tensors, refused, saved, trained
 from tests.checkpoints.torch_writer import torch_bytes
 
-MODEL = SmallModel()
 FILES = {"adapter_config.json", "adapter_model.safetensors", "qlora_jax.json"}
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def trained(**settings) -> Adapter:
-    """An adapter of random numbers, zero where it is padding."""
-    random = np.random.default_rng(0)
-    shapes = MODEL.module_shapes()
-    spec = make_spec(shapes, MODEL.config.num_hidden_layers, **settings)
-    params = {}
-    for name in spec.targets:
-        out, width = shapes[name]
-        ranks = spec.ranks(name)
-        real = np.float32(np.arange(max(ranks)) < np.array(ranks)[:, None])  # (L, r)
-        A = real[:, :, None] * np.float32(random.normal(size=(*real.shape, width)))
-        B = real[:, None, :] * np.float32(random.normal(size=(len(ranks), out, max(ranks))))
-        params[name] = {"A": jnp.asarray(A), "B": jnp.asarray(B)}
-        if spec.use_dora:
-            m = real.any(1)[:, None] * np.float32(random.normal(size=(len(ranks), out)))
-            params[name]["m"] = jnp.asarray(m)
-    for name in spec.modules_to_save:
-        params[name] = {"weight": jnp.asarray(np.float32(random.normal(size=shapes[name])))}
-    return Adapter(params, spec)
-
-
-def saved(folder: Path, **settings) -> Path:
-    save_adapter(folder / "adapter", trained(**settings))
-    return folder / "adapter"
-
-
-def edit_config(folder: Path, **changes) -> None:
-    """Sets keys of adapter_config.json; `...` removes one."""
-    path = folder / "adapter_config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-
-
-def edit_tensors(folder: Path, edit) -> None:
-    """Applies `edit` to the dict of tensors."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path)
-
-
-def refused(folder: Path, message: str) -> InputError:
-    with pytest.raises(InputError, match=message) as error:
-        load_adapter(folder, MODEL)
-    assert error.value.exit_code == 2
-    assert "\n" not in str(error.value)
-    return error.value
 
 
 @pytest.mark.parametrize(
@@ -205,120 +153,6 @@ def test_a_truncated_file_on_the_disk_is_an_error_of_storage(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, r"missing tensors: .*k_proj.lora_magnitude_vector.* and 5 more"),
-        ({"use_dora": 1}, r"use_dora: 1 \(expected bool\)"),
-        ({"bias": "all"}, "bias: 'all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"missing tensors: base_model.model.lm_head.weight"),
-        ({"modules_to_save": ["norm"]}, "'norm' cannot be trained in full.*lm_head, embed_tokens"),
-        ({"modules_to_save": "lm_head"}, r"modules_to_save: 'lm_head' \(expected list\)"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head has no A and B.*modules_to_save"),
-        ({"target_modules": ["embed_tokens"]}, r"embed_tokens has no A and B.*modules_to_save"),
-        ({"target_modules": ".*q_proj|lm_head"}, r"lm_head has no A and B.*modules_to_save"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying: True is not supported"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not supported"),
-        ({"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS'"),
-        ({"peft_type": "IA3"}, "peft_type: 'IA3'"),
-        ({"peft_type": ...}, "peft_type is missing"),
-        ({"r": ...}, "r is missing"),
-        ({"target_modules": None}, "target_modules is missing"),
-        ({"r": 0}, "r: 0"),
-        ({"r": 8}, r"shape \(4, 8\) \(expected shape \(8, 8\)"),
-        ({"r": 4.0}, r"r: 4.0 \(expected int\)"),
-        ({"r": True}, r"r: True \(expected int\)"),
-        ({"lora_alpha": -1}, "lora_alpha: -1"),
-        ({"lora_alpha": "16"}, "lora_alpha: '16'"),
-        ({"lora_dropout": 1.0}, "lora_dropout: 1.0"),
-        ({"use_rslora": 1}, r"use_rslora: 1 \(expected bool\)"),
-        ({"target_modules": ["q_proj", 3]}, "target_modules: .*each one str"),
-        ({"target_modules": ["q_porj"]}, "'q_porj' matches no linear.*did you mean q_proj"),
-        ({"target_modules": "(.+)+x" * 3}, "takes too long to match"),
-        ({"target_modules": ["q_proj"]}, "unknown tensors: .*down_proj.* and 14 more"),
-        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern: .*each one int"),
-        ({"rank_pattern": [4]}, "rank_pattern: .*expected dict"),
-        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: .*each one int or float"),
-        ({"layers_to_transform": [0.5]}, "layers_to_transform"),
-        ({"layers_pattern": ["blocks"]}, "layers_pattern"),
-        (
-            {"use_rslra": True},
-            "use_rslra: unknown key with the value True.*did you mean use_rslora",
-        ),
-    ],
-)
-def test_configs_that_are_refused(tmp_path, changes, message):
-    folder = saved(tmp_path, r=4)
-    edit_config(folder, **changes)
-    refused(folder, message)
-
-
-def test_keys_that_change_nothing_are_taken(tmp_path):
-    folder = saved(tmp_path, r=4)
-    before = load_adapter(folder, MODEL)
-    edit_config(
-        folder,
-        auto_mapping={"parent_library": "os", "base_model_class": "system"},
-        megatron_core="megatron.core",
-        loftq_config={"a": 1},
-        runtime_config={},
-        not_in_any_peft_yet=None,
-        also_switched_off=False,
-    )
-    after = load_adapter(folder, MODEL)
-    assert after.spec == before.spec
-    jax.tree.map(np.testing.assert_array_equal, after, before)
-
-
-def swap(tensors):
-    a, b = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
-    tensors[a], tensors[b] = tensors[b], tensors[a]
-
-
-def poison(tensors):
-    tensors[f"{Q0}.lora_A.weight"][1, 2] = np.inf
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t.pop(f"{Q0}.lora_B.weight"), f"missing tensors: {Q0}.lora_B.weight"),
-        (lambda t: t.clear(), "missing tensors: .* and 20 more"),
-        (lambda t: t.update(extra=np.ones(2)), "unknown tensors: extra"),
-        (
-            lambda t: t.update({"base_model.model.lm_head.weight": np.ones((9, 8))}),
-            r"unknown tensors: .*lm_head.weight.* Try: modules_to_save: \['lm_head'\]",
-        ),
-        (swap, r"lora_A.weight: has the shape \(16, 4\) \(expected shape \(4, 8\), .*swapped"),
-        (poison, r"q_proj.lora_A.weight: is not finite: inf at index \(1, 2\)"),
-        (lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((4, 8))}), "is float64"),
-        (
-            lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((4, 9), np.float32)}),
-            r"shape \(4, 9\) \(expected shape \(4, 8\), \(r, in\)\)",
-        ),
-    ],
-)
-def test_tensors_that_are_refused(tmp_path, edit, message):
-    folder = saved(tmp_path, r=4)
-    edit_tensors(folder, edit)
-    refused(folder, message)
-
-
-def test_a_folder_that_is_no_adapter(tmp_path):
-    refused(tmp_path / "none", "missing adapter: there is no such folder")
-    refused(tmp_path, "missing adapter_config.json")
-    folder = saved(tmp_path, r=4)
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.pt")
-    refused(folder, "missing adapter_model.safetensors")
-
-
 def test_reads_tensors_that_pytorch_wrote(tmp_path):
     """adapter_model.bin of PEFT before 0.8."""
     folder = saved(tmp_path, r=4)
@@ -331,35 +165,3 @@ def test_reads_tensors_that_pytorch_wrote(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, MODEL).params, expected.params)
     (folder / "adapter_model.bin").write_bytes(torch_bytes(tensors)[:-1])
     refused(folder, "PT-TRUNCATED.*adapter_model.bin")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("adapter_config.json", b"{", "adapter_config.json"),
-        ("adapter_config.json", b'{"r": NaN}', "NaN"),
-        ("adapter_config.json", b'{"r": 1, "r": 2}', "doubled"),
-        ("adapter_config.json", b" " * (1 << 20) + b"{}", "at most"),
-        ("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git-LFS"),
-        ("adapter_model.safetensors", b"", "is empty"),
-    ],
-)
-def test_damaged_files(tmp_path, name, content, message):
-    folder = saved(tmp_path, r=4)
-    (folder / name).write_bytes(content)
-    refused(folder, message)
-
-
-def test_truncated_tensors(tmp_path):
-    folder = saved(tmp_path, r=4)
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    refused(folder, "adapter_model.safetensors")
-
-
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
-    folder = saved(tmp_path, r=4)
-    path = folder / "adapter_model.safetensors"
-    path.rename(tmp_path / "elsewhere")
-    os.symlink(tmp_path / "elsewhere", path)
-    refused(folder, "outside the folder")
