@@ -195,7 +195,7 @@ def export_peft(args: argparse.Namespace) -> list[str]:
     files = companions(args.path)
     peft.save_adapter(
         args.out,
-        read_adapter(args),
+        adapter_of(args),
         base_model_name=repository(args.model),
         extra=peft.read_extra(args.path),
         extra_files={name: path.read_bytes() for name, path in files.items()},
@@ -207,7 +207,7 @@ def export_adapter_arrays(args: argparse.Namespace) -> list[str]:
     """An adapter as Orbax's folder."""
     from qlora_jax.checkpoints.orbax_io import save_orbax
 
-    save_orbax(args.out, read_adapter(args))
+    save_orbax(args.out, adapter_of(args))
     return ["an Orbax checkpoint holds arrays alone: no tokenizer"]
 
 
@@ -223,18 +223,18 @@ def export_weights(args: argparse.Namespace) -> list[str]:
     return ["an Orbax checkpoint holds arrays alone: no config.json, no tokenizer"]
 
 
-def read_adapter(args: argparse.Namespace) -> Any:
+def adapter_of(args: argparse.Namespace) -> Any:
     """The adapter at PATH; one of Orbax knows its own shapes, one of PEFT needs the base's."""
     from qlora_jax.checkpoints import peft
     from qlora_jax.checkpoints.orbax_io import load_orbax
     from qlora_jax.models import ModelConfig
-    from qlora_jax.workflows.export_gguf import read_adapter
+    from qlora_jax.workflows.adapter_folder import read_adapter
     from qlora_jax.workflows.open import open_source
 
     if args.model is None and not Path(args.path, peft.CONFIG).exists():
         return load_orbax(args.path)
     with open_source(needed_model(args)) as source:
-        return read_adapter(Path(args.path), ModelConfig.from_dict(source.config, args.model))
+        return read_adapter(args.path, ModelConfig.from_dict(source.config, args.model))
 
 
 def needed_model(args: argparse.Namespace) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints import manifest, peft
 from qlora_jax.checkpoints.bnb4bit import DENSE_DTYPES
+from qlora_jax.checkpoints.orbax_io import load_orbax
 from qlora_jax.data.chat import stop_tokens
 from qlora_jax.errors import ConfigMismatch, InputError, listed
-from qlora_jax.models import Decoder
+from qlora_jax.models import Decoder, ModelConfig
+from qlora_jax.models.families import module_shapes
 from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
@@ -85,6 +87,28 @@ def load_adapter(path: str | Path, model: Decoder, *, any_base: bool = False) ->
             "the model that it was trained on",
             "that model, or --any-base",
         )
+    return adapter
+
+
+def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """The adapter in a PEFT folder, or in one of Orbax, for a model that is known by its config.
+
+    Raises:
+      InputError: what `peft.read_adapter` and `load_orbax` refuse; EXPORT-ORBAX, EXPORT-BASE: Orbax
+        holds something else, or an adapter of another model.
+      StorageError: what Orbax holds is damaged.
+    """
+    path, shapes, layers = Path(path), module_shapes(config), config.num_hidden_layers
+    if (path / peft.CONFIG).exists() or not (path / manifest.NAME).exists():
+        return peft.read_adapter(path, shapes, layers)
+    adapter = load_orbax(path)
+    if not isinstance(adapter, Adapter):
+        found = "is an Orbax checkpoint of something else"
+        raise InputError("EXPORT-ORBAX", path, found, "an adapter")
+    other = [name for name, shape in adapter.shapes.items() if shapes.get(name) != tuple(shape)]
+    if other or adapter.spec.num_layers != layers:
+        found = f"does not fit the model: {listed(other) or f'{adapter.spec.num_layers} layers'}"
+        raise InputError("EXPORT-BASE", path, found, "the base that it was trained on")
     return adapter
 
 

@@ -3,8 +3,7 @@
 from itertools import chain
 from pathlib import Path
 
-from qlora_jax.adapters.adapter import Adapter, check_finite
-from qlora_jax.checkpoints import manifest, peft
+from qlora_jax.adapters.adapter import check_finite
 from qlora_jax.checkpoints.atomic import refuse_existing
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.gguf_lora import lora_metadata, lora_tensors
@@ -12,12 +11,11 @@ from qlora_jax.checkpoints.gguf_metadata import FILE_TYPES, model_metadata
 from qlora_jax.checkpoints.gguf_tensors import rope_tensors, specs_of, stored, weight_table
 from qlora_jax.checkpoints.gguf_write import Value, save_gguf
 from qlora_jax.checkpoints.load import Loader, Progress, Source, source_dtype
-from qlora_jax.checkpoints.orbax_io import load_orbax
 from qlora_jax.data.gguf_vocabulary import gguf_vocabulary
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models import ModelConfig
-from qlora_jax.models.families import module_shapes
+from qlora_jax.workflows.adapter_folder import read_adapter
 from qlora_jax.workflows.companions import companions, has_tokenizer, names_tokenizer
 from qlora_jax.workflows.convert import dense_weights
 from qlora_jax.workflows.open import open_source
@@ -83,8 +81,8 @@ def export_gguf_lora(
       What is to be said about the file.
 
     Raises:
-      InputError: OUT-EXISTS, GG-SUFFIX, GGOUT-TYPE, GG-RANGE, GGOUT-LORA, GGOUT-DORA, GGOUT-SAVED,
-        LORA-FINITE, and what is wrong with the files.
+      InputError: OUT-EXISTS, GG-SUFFIX, GGOUT-TYPE, GG-RANGE, GGOUT-DORA, GGOUT-SAVED,
+        LORA-FINITE, EXPORT-BASE, and what is wrong with the files.
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
     refuse_existing(out)
@@ -93,7 +91,7 @@ def export_gguf_lora(
         raise InputError("GGOUT-TYPE", "--type", f"unknown type {type!r}", listed(TYPES.values()))
     with open_source(model_path) as source:
         config = ModelConfig.from_dict(source.config, str(source.path))
-    adapter = read_adapter(Path(adapter_path), config)
+    adapter = read_adapter(adapter_path, config)
     check_finite(adapter)
     name = name_at(Path(adapter_path))
     metadata, alpha = lora_metadata(adapter.spec, config, name, str(adapter_path))
@@ -102,21 +100,6 @@ def export_gguf_lora(
     }
     save_gguf(out, metadata, specs, lora_tensors(adapter, config, alpha))
     return []
-
-
-def read_adapter(path: Path, config: ModelConfig) -> Adapter:
-    """The adapter in a PEFT folder, or in one of orbax, that fits a model."""
-    shapes, layers = module_shapes(config), config.num_hidden_layers
-    if (path / peft.CONFIG).exists() or not (path / manifest.NAME).exists():
-        return peft.read_adapter(path, shapes, layers)
-    adapter = load_orbax(path)
-    if not isinstance(adapter, Adapter):
-        raise InputError("GGOUT-LORA", path, "is an Orbax checkpoint of something else")
-    other = [name for name, shape in adapter.shapes.items() if shapes.get(name) != tuple(shape)]
-    if other or adapter.spec.num_layers != layers:
-        found = f"does not fit the model: {listed(other) or f'{adapter.spec.num_layers} layers'}"
-        raise InputError("GGOUT-LORA", path, found, "the base that it was trained on")
-    return adapter
 
 
 def checked_type(asked: str | None, source: Source, choices: dict[str, int]) -> str:

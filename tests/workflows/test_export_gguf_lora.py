@@ -173,10 +173,10 @@ def test_an_adapter_of_orbax(tmp_path):
     assert one.keys() == other.keys() == {f"blk.{i}.attn_q.weight" for i in range(2)}
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
-    with pytest.raises(InputError, match=r"GGOUT-LORA.*does not fit the model: self_attn\.q_proj"):
+    with pytest.raises(InputError, match=r"EXPORT-BASE.*does not fit the model: self_attn\.q_proj"):
         export_gguf_lora(tmp_path / "orbax", tmp_path / "q.gguf", golden_folder("models/qwen3"))
     save_orbax(tmp_path / "arrays", {"a": jnp.zeros(3)})
-    with pytest.raises(InputError, match="GGOUT-LORA"):
+    with pytest.raises(InputError, match="EXPORT-ORBAX"):
         export_gguf_lora(tmp_path / "arrays", tmp_path / "q.gguf", BASE)
 
 
