@@ -1,37 +1,28 @@
-"""Damage to files, drawn from a seeded generator: random, and aimed at what the formats count on.
-
-A mutation gives the new bytes and how many numbers of what is loaded it may change: none, unless it
-lies within the numbers themselves, where a format without checksums cannot show it.
-"""
+"""Damage to files of each format, aimed at what it counts on: lengths, tables, instructions."""
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
-from typing import Any
 
 from gguf import GGML_QUANT_SIZES
 
 from tests.checkpoints.gguf_files import File, text
 from tests.checkpoints.torch_writer import Member, zip_of
 from tests.checkpoints.torch_writer import number as pickle_number
+from tests.reliability.damage import (
+    NUMBERS,
+    TEXTS,
+    Mutated,
+    bits,
+    bits_in_front,
+    number,
+    one_of,
+    pieces,
+    scaled,
+)
+from tests.reliability.json_mutations import json_file, json_tree
 
-Mutated = tuple[bytes, int]  # the new bytes, and how many loaded numbers they may change
-
-NUMBERS = (
-    0, 1, -1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53 + 1, 2**63 - 1, 2**63,
-    2**64 - 1, 2**64, -(2**63), 10**30, 0.5, -0.0, 1e-320, 1e308,
-)  # fmt: skip
-TEXTS = (
-    "", " ", ".", "..", "../x", "/etc/passwd", "a\\b", "C:x", "a\0b", "\x1b[2J", "\u202e",
-    "x" * 999, "F16", "F64", "I8", "BOOL", "F8_E4M3", "float16", "null", "NaN", "{{ 1 }}",
-    "(a+)+$", "LORA", "llama", "gemma2", "yarn", "longrope", "dynamic", "linear",
-    "sliding_attention", "\ud800",
-)  # fmt: skip
-RAW = (
-    "NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 200 + "]" * 200, "{}}", "tru", "'a'",
-    "[1,]", '{"a":1,"a":1}', "0x10", "+1", "01", ".5", '"\n"', '"\\ud800"', "/**/1", "",
-)  # fmt: skip
 LARGEST = 64 * 32  # numbers of the tiny model's largest tensor
 INSTRUCTIONS = (
     *(bytes([code]) for code in b"(.0123FINSTVXcbdeghijlopqrstu)]}"),
@@ -41,118 +32,6 @@ INSTRUCTIONS = (
     *(b"r\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"J\xff\xff\xff\xff", b"K\x00", b"2" * 1000),
     *(b"(" * 1000, b"]" * 500 + b"a" * 499),
 )
-MARK = "\u241fraw\u241f"  # stands for text that is no JSON
-
-
-def bits(data: bytes, rng: Random, start: int = 0) -> Mutated:
-    """One to four flipped bits; those from byte `start` on lie within numbers."""
-    spoiled, touched = bytearray(data), 0
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        place = rng.randrange(len(data))
-        spoiled[place] ^= 1 << rng.randrange(8)
-        touched += place >= start
-    return bytes(spoiled), touched
-
-
-def bits_in_front(data: bytes, rng: Random, start: int) -> Mutated:
-    """Flipped bits before byte `start`."""
-    return bits(data[:start], rng)[0] + data[start:], 0
-
-
-def pieces(data: bytes, rng: Random) -> Mutated:
-    """Bytes cut off, taken out, put in or doubled, so that the length changes."""
-    start = rng.randrange(len(data))
-    end = min(len(data), start + rng.choice((1, 2, 3, 8, 64, 4096)))
-    piece = data[start:end]
-    return rng.choice(
-        (
-            data[:start],
-            data[start:],
-            data[:start] + data[end:],
-            data[:end] + piece + data[end:],
-            data[:start] + rng.randbytes(len(piece)) + data[start:],
-            data + rng.randbytes(rng.choice((1, 7, 32, 64, 4096))),
-            data + b"\0" * 4096,
-        )
-    ), 0
-
-
-def number(rng: Random, size: int = 8) -> bytes:
-    """A little-endian number that a length or count should not be, or just is not."""
-    value = rng.choice([n for n in NUMBERS if isinstance(n, int)]) + rng.choice((-1, 0, 0, 1))
-    return (value % (1 << 8 * size)).to_bytes(size, "little")
-
-
-def value(rng: Random, old: Any) -> Any:
-    """Another value than `old`: of another kind, out of range, or not JSON at all."""
-    if isinstance(old, int | float) and not isinstance(old, bool) and rng.random() < 0.3:
-        return rng.choice((old + 1, old - 1, -old, old * 2, old / 2, float(old), str(old), [old]))
-    if isinstance(old, str) and rng.random() < 0.3:
-        return rng.choice((old.upper(), old + " ", old[:-1], old * 2, "." + old, [old]))
-    return rng.choice(
-        (
-            lambda: rng.choice(NUMBERS),
-            lambda: rng.choice(TEXTS),
-            lambda: MARK + rng.choice(RAW),
-            lambda: rng.choice((None, True, False, [], {}, [[]], {"a": {}}, [None], [True])),
-        )
-    )()
-
-
-def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every key and item of a JSON document."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, inner in items:
-        yield (*path, key)
-        if isinstance(inner, dict | list):
-            yield from places(inner, (*path, key))
-
-
-def json_tree(tree: Any, rng: Random, extra: tuple[str, ...] = ()) -> bytes:
-    """A JSON document with one value, key or item spoiled; `extra` are keys that may be added."""
-    tree = json.loads(json.dumps(tree))
-    path = rng.choice(list(places(tree)))
-    node = tree
-    for key in path[:-1]:
-        node = node[key]
-    key = path[-1]
-    acts = ["value", "value", "value", "value", "remove", "double"]
-    acts += ["rename", "add", "double"] if isinstance(node, dict) else ["swap"]
-    act = rng.choice(acts)
-    if act == "value":
-        node[key] = value(rng, node[key])
-    elif act == "remove":
-        del node[key]
-    elif act == "rename":
-        node[rng.choice((key + "_", key.upper(), rng.choice(TEXTS)))] = node.pop(key)
-    elif act == "add":
-        node[rng.choice((*extra, rng.choice(TEXTS)))] = value(rng, None)
-    elif act == "swap":
-        node[key], node[0] = node[0], node[key]
-    elif isinstance(node, list):
-        node.append(node[key])
-    else:
-        node[MARK + key] = node[key]
-    return as_text(tree, rng)
-
-
-def as_text(tree: Any, rng: Random) -> bytes:
-    """JSON in which marked texts stand raw, and a marked key is its doubled self."""
-    plain = json.dumps(tree, ensure_ascii=rng.random() < 0.5 or "\\ud800" in json.dumps(tree))
-    for mark in (MARK, json.dumps(MARK)[1:-1]):
-        while (start := plain.find(f'"{mark}')) >= 0:
-            _, end = json.decoder.scanstring(plain, start + 1)
-            inner = json.loads(plain[start:end])[len(MARK) :]
-            is_key = plain[end : end + 1] == ":"
-            plain = plain[:start] + (json.dumps(inner) if is_key else inner) + plain[end:]
-    return plain.encode(errors="surrogatepass")
-
-
-def json_file(data: bytes, rng: Random, extra: tuple[str, ...] = ()) -> Mutated:
-    """A JSON file spoiled as a document, or as bytes."""
-    if rng.random() < 0.15:
-        return rng.choice((bits, pieces))(data, rng)[0], 0
-    return json_tree(json.loads(data), rng, extra), 0
 
 
 def safetensors(data: bytes, rng: Random) -> Mutated:
@@ -339,17 +218,6 @@ def torch(make: Callable[[], list[Member]], rng: Random) -> Mutated:
         (lambda: (bits(clean, rng)[0], 0), 4),
         (lambda: pieces(clean, rng), 4),
     )
-
-
-def scaled(mutated: Mutated, numbers: int) -> Mutated:
-    """For a format in which a byte can change so many numbers."""
-    return mutated[0], mutated[1] * numbers
-
-
-def one_of(rng: Random, *weighted: tuple[Callable[[], Mutated], int]) -> Mutated:
-    """What one of the functions gives, the heavier ones more often."""
-    functions, weights = zip(*weighted, strict=True)
-    return rng.choices(functions, weights)[0]()
 
 
 def anything(data: bytes, rng: Random) -> Mutated:

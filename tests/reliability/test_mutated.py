@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from tests.reliability import clean, mutations
+from tests.reliability.json_mutations import json_file, json_tree
 from tests.reliability.worker import Report, Worker
 
 RULE = "R20"
@@ -52,14 +53,14 @@ class Kind:
 
 
 def config_json(data: bytes, rng: Random):
-    return mutations.json_file(data, rng, CONFIG_KEYS)
+    return json_file(data, rng, CONFIG_KEYS)
 
 
 def quantization_config(data: bytes, rng: Random):
     """Only that part of a config.json."""
     config = json.loads(data)
     part = {"quantization_config": config.pop("quantization_config")}
-    spoiled = mutations.json_tree(part, rng, ("quant_method", "load_in_8bit"))
+    spoiled = json_tree(part, rng, ("quant_method", "load_in_8bit"))
     return json.dumps(config).encode()[:-1] + b", " + spoiled.lstrip(b"{"), 0
 
 
@@ -98,20 +99,18 @@ KINDS = {
         )
         for family in clean.FAMILIES
     },
-    "json-index": Kind(
-        "weights", clean.sharded, ["model.safetensors.index.json"], mutations.json_file
-    ),
+    "json-index": Kind("weights", clean.sharded, ["model.safetensors.index.json"], json_file),
     "json-adapter": Kind(
         "adapter",
         clean.adapter,
         ["adapter_config.json"],
-        lambda data, rng: mutations.json_file(data, rng, ADAPTER_KEYS),
+        lambda data, rng: json_file(data, rng, ADAPTER_KEYS),
     ),
     "json-tokenizer": Kind(
         "tokenizer",
         clean.tokenizer,
         ["tokenizer_config.json"],
-        lambda data, rng: mutations.json_file(data, rng, TOKENIZER_KEYS),
+        lambda data, rng: json_file(data, rng, TOKENIZER_KEYS),
     ),
     "json-quant": Kind("weights", clean.bitsandbytes, ["config.json"], quantization_config),
     "orbax": Kind("orbax", clean.orbax, None, mutations.anything),
