@@ -19,7 +19,7 @@ import numpy as np
 
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints.finite import EXPONENTS, check_finite
-from qlora_jax.checkpoints.manifest import read_manifest
+from qlora_jax.checkpoints.manifest import read_manifest, understood
 from qlora_jax.checkpoints.orbax_io import load_with_metadata, save_orbax
 from qlora_jax.errors import ConfigMismatch, listed
 from qlora_jax.train.config import TrainConfig
@@ -118,16 +118,18 @@ def restore(folder: Path, like: RunState, identity: Identity) -> RunState:
       ConfigMismatch: it belongs to another run.
       StorageError, InputError: the files are damaged or missing, or a number is not finite.
     """
-    # Before the arrays: another rank is another configuration, not a damaged tree.
-    saved = read_manifest(folder / "state")["metadata"]
-    identity.refuse_other(Identity(**saved["identity"]), folder)
-    tree, metadata = load_with_metadata(
-        folder / "state", like={"params": like.params, "optimizer": like.optimizer}
-    )
+    home = folder / "state"
+    with understood(home):
+        # Before the arrays: another rank is another configuration, not a damaged tree.
+        saved = read_manifest(home)["metadata"]
+        identity.refuse_other(Identity(**saved["identity"]), folder)
+        tree, metadata = load_with_metadata(
+            home, like={"params": like.params, "optimizer": like.optimizer}
+        )
+        counters = Counters(**metadata["counters"])
+        counters.loss_scale = LossScale(**metadata["counters"]["loss_scale"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.dtype.name in EXPONENTS:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            check_finite(np.asarray(leaf), str(folder / "state"), name)
-    counters = Counters(**metadata["counters"])
-    counters.loss_scale = LossScale(**metadata["counters"]["loss_scale"])
+            check_finite(np.asarray(leaf), str(home), name)
     return RunState(tree["params"], tree["optimizer"], counters)
