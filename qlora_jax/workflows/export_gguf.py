@@ -1,5 +1,6 @@
 """A model or an adapter as a GGUF file for llama.cpp, its tokenizer too."""
 
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 
@@ -52,13 +53,13 @@ def export_gguf(
     with open_source(path) as source:
         where = str(source.path)
         config = ModelConfig.from_dict(source.config, where)
-        kind = checked_type(type, source, FILE_TYPES)
+        loader = Loader(source, config, None, exact_dtype(source), progress=progress)
+        kind = checked_type(TYPES[source_dtype(source)] if type is None else type, FILE_TYPES)
         metadata, notes = model_metadata(config, name_of(source), kind, where)
         vocabulary, more = vocabulary_of(source, config)
         table, extra = weight_table(config), rope_tensors(config)
         shapes = {name: array.shape for name, array in extra.items()} | dict(table.values())
         specs, others = specs_of(shapes, kind)
-        loader = Loader(source, config, None, exact_dtype(source), progress=progress)
         tensors = (
             (table[name][0], stored(name, weight, config)) for name, weight in dense_weights(loader)
         )
@@ -86,9 +87,7 @@ def export_gguf_lora(
       StorageError: OUT-FULL, OUT-WRITE, OUT-VERIFY.
     """
     refuse_existing(out)
-    kind = "f32" if type is None else type
-    if kind not in TYPES.values():
-        raise InputError("GGOUT-TYPE", "--type", f"unknown type {type!r}", listed(TYPES.values()))
+    kind = checked_type("f32" if type is None else type, TYPES.values())
     with open_source(model_path) as source:
         config = ModelConfig.from_dict(source.config, str(source.path))
     adapter = read_adapter(adapter_path, config)
@@ -102,11 +101,10 @@ def export_gguf_lora(
     return []
 
 
-def checked_type(asked: str | None, source: Source, choices: dict[str, int]) -> str:
-    """The type that was asked for, or the source's own."""
-    kind = TYPES[source_dtype(source)] if asked is None else asked
+def checked_type(kind: str, choices: Collection[str]) -> str:
+    """`kind`, if it is one of `choices`."""
     if kind not in choices:
-        raise InputError("GGOUT-TYPE", "--type", f"unknown type {asked!r}", listed(choices))
+        raise InputError("GGOUT-TYPE", "--type", f"unknown type {kind!r}", listed(choices))
     return kind
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf.quants import dequantize
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.load import load_weights
@@ -134,6 +134,15 @@ def test_an_unknown_type_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"GGOUT-TYPE.*unknown type 'q5_k' \(expected f32, f"):
         export_gguf(golden("llama"), tmp_path / "out.gguf", type="q5_k")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_embeddings_of_another_dtype_are_refused_as_when_loaded(tmp_path):
+    shutil.copytree(golden("llama"), tmp_path / "model")
+    path, name = tmp_path / "model" / "model.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].astype(np.int32)}, path)
+    with pytest.raises(InputError, match=r"W-DTYPE.*embed_tokens.*int32"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf")
 
 
 def test_a_folders_tokenizer_goes_along(tmp_path):
