@@ -119,7 +119,8 @@ def find_directory(file: int, size: int, where: str) -> tuple[int, int, int]:
         raise InputError("PT-END", where, found, "one directory, right before it", AGAIN)
     if count > MEMBERS_LIMIT or length > DIRECTORY_LIMIT:
         found = f"{count} members in a directory of {length} bytes"
-        raise InputError("PT-COUNT", where, found, f"at most {MEMBERS_LIMIT}")
+        expected = f"at most {MEMBERS_LIMIT}, {DIRECTORY_LIMIT} bytes"
+        raise InputError("PT-COUNT", where, found, expected)
     return start, end, count
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import InputError
 
-LARGEST = 3.4e38  # in float32
+LARGEST = 3.4e38  # about that of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,17 @@ class Sampling:
 
     def __post_init__(self):
         ranges = {
-            "temperature": (0 <= self.temperature <= LARGEST, "a finite number, 0 or more"),
+            "temperature": (0 <= self.temperature <= LARGEST, "0 or more, finite in float32"),
             "top_k": (
                 self.top_k >= 0 and self.top_k == int(self.top_k),
                 "a whole number, 0 is off",
             ),
             "top_p": (0 < self.top_p <= 1, "over 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= LARGEST, "finite, over 0"),
+            "repetition_penalty": (
+                0 < self.repetition_penalty <= LARGEST,
+                "over 0, finite in float32",
+            ),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:

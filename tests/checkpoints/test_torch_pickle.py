@@ -124,6 +124,11 @@ BAD = {
     "state of a tensor": (one(GOOD, EMPTY_DICT, b"b"), "PK-BUILD", "the state of a tensor"),
     "state of a dict": (one(EMPTY_DICT, EMPTY_DICT, VERSIONS, b"b"), "PK-BUILD", "of type dict"),
     "other state": (one(ORDERED_DICT, HOOK, b"b"), "PK-BUILD", "of type OrderedDict"),
+    "more than versions": (
+        one(ORDERED_DICT, EMPTY_DICT, VERSIONS, text("x"), NOTHING, b"sb"),
+        "PK-BUILD",
+        "of type OrderedDict",
+    ),
     "state no dict": (one(ORDERED_DICT, NOTHING, b"b"), "PK-BUILD", "of type OrderedDict"),
     "reference no tuple": (one(number(1), b"Q"), "PK-STORAGE", "of type int"),
     "reference of 6": (
@@ -143,6 +148,16 @@ BAD = {
     ),
     "storage of a text": (
         reference(text("storage"), text("FloatStorage"), text("0"), text("cpu"), number(6)),
+        "PK-STORAGE",
+        "a reference of another form",
+    ),
+    "storage of a number": (
+        reference(text("storage"), FLOAT, number(0), text("cpu"), number(6)),
+        "PK-STORAGE",
+        "a reference of another form",
+    ),
+    "storage at no place": (
+        reference(text("storage"), FLOAT, text("0"), NOTHING, number(6)),
         "PK-STORAGE",
         "a reference of another form",
     ),
@@ -182,6 +197,11 @@ BAD = {
         "a size that a file can have",
     ),
     "hooks": (one(tensor(SIX, 0, [6], [1], hooks=HOOK)), "PK-HOOKS", "with hooks"),
+    "flag no flag": (
+        rebuilt(SIX, number(0), numbers([6]), numbers([1]), number(1), ORDERED_DICT),
+        "PK-HOOKS",
+        "with hooks",
+    ),
     "hooks no dict": (one(tensor(SIX, 0, [6], [1], hooks=NOTHING)), "PK-HOOKS", "with hooks"),
     "parameter of a number": (
         one(PARAMETER, tuple_of(number(1), TRUE, ORDERED_DICT), REDUCE),
@@ -243,6 +263,11 @@ def test_instructions_are_the_few_of_torch_save():
 def test_refuses_every_other_instruction(code):
     with pytest.raises(InputError, match="PK-OPCODE"):
         read_state(START + bytes([code]) + b"os\nsystem\n" * 9, {}, "x.bin")
+
+
+def test_many_tensors_are_not_deep():
+    names = [f"t{number}" for number in range(DEPTH_LIMIT + 1)]
+    assert list(read_state(pickle_of(dict.fromkeys(names, GOOD)), SIZES, "x.bin")) == names
 
 
 def test_a_remembered_tensor_is_the_same_tensor():

@@ -23,6 +23,8 @@ PICKLE = pickle_of({"a": tensor(storage("Float", "0", 2), 0, [2], [1])})
 DATA = np.float32([1, 2]).tobytes()
 MEMBERS = members_of(PICKLE, {"0": DATA})
 GOOD = zip_of(MEMBERS)
+DIRECTORY = struct.unpack("<I", GOOD[-6:-2])[0]
+HEADER = GOOD.index(b"m/data/0") - 30  # of the storage
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4900000000\n"
 
 
@@ -51,8 +53,16 @@ def patched(content: bytes, place: int, new: bytes) -> bytes:
     return content[:place] + new + content[place + len(new) :]
 
 
+def wide_end(length: int = 44, disk: int = 0, disks: int = 1, **plain: int) -> bytes:
+    """The good archive with a 64-bit end too; `plain` changes what the other one says."""
+    body, count, size = zip_of(MEMBERS)[:-22], len(MEMBERS), len(GOOD) - 22 - DIRECTORY
+    numbers = (b"PK\6\6", length, 45, 45, 0, 0, count, count, size, DIRECTORY)
+    record = struct.pack("<4sQHHIIQQQQ", *numbers)
+    locator = struct.pack("<4sIQI", b"PK\6\7", disk, len(body), disks)
+    return body + record + locator + zip_of(MEMBERS, **plain)[-22:]
+
+
 WIDE = {"start": 0xFFFFFFFF}  # said to stand in 64 bits
-DIRECTORY = struct.unpack("<I", GOOD[-6:-2])[0]
 
 BAD = {
     "empty": (b"", "PT-EMPTY", "is empty (0 bytes)"),
@@ -74,6 +84,15 @@ BAD = {
     "count on this disk": (patched(GOOD, -14, b"\1\0"), "PT-END", "contradicts itself"),
     "directory elsewhere": (zip_of(MEMBERS, start=3), "PT-END", "contradicts itself"),
     "directory in 64 bits, not there": (zip_of(MEMBERS, **WIDE), "PT-END", "contradicts itself"),
+    "count in 64 bits, not there": (
+        zip_of(MEMBERS, count=0xFFFF),
+        "PT-END",
+        "contradicts itself",
+    ),
+    "two ends that differ": (wide_end(count=3), "PT-END", "contradicts itself"),
+    "64-bit end longer": (wide_end(length=45), "PT-END", "64-bit end is damaged"),
+    "64-bit end elsewhere": (wide_end(disk=1), "PT-END", "64-bit end is damaged"),
+    "64-bit end of two": (wide_end(disks=2), "PT-END", "64-bit end is damaged"),
     "hole before the end": (
         GOOD[:-22] + b"PK\1\2" + GOOD[-22:],
         "PT-END",
@@ -97,6 +116,7 @@ BAD = {
         "PT-DIRECTORY",
         "directory is damaged",
     ),
+    "another disk": (patched(GOOD, DIRECTORY + 34, b"\1"), "PT-DIRECTORY", "damaged"),
     "odd flag": (but("data/0", flags=1 << 5), "PT-DIRECTORY", "directory is damaged"),
     "64-bit size, not there": (but("data/0", size=0xFFFFFFFF), "PT-DIRECTORY", "damaged"),
     "encrypted": (but("data/0", flags=1), "PT-ENCRYPTED", "is encrypted"),
@@ -122,6 +142,9 @@ BAD = {
     "no members": (zip_of([Member("m/version", b"3\n")]), "PT-MEMBER", "lacks data.pkl"),
     "another name": (but("data/0", local_name="m/data/9"), "PT-HEADER", "contradicts"),
     "a longer name": (but("data/0", local_name="m/data/00"), "PT-HEADER", "contradicts"),
+    "another flag": (patched(GOOD, HEADER + 6, b"\1"), "PT-HEADER", "contradicts"),
+    "another method": (patched(GOOD, HEADER + 8, b"\x08"), "PT-HEADER", "contradicts"),
+    "another checksum": (patched(GOOD, HEADER + 14, bytes(4)), "PT-HEADER", "contradicts"),
     "another size": (but("data/0", local_size=7), "PT-HEADER", "contradicts"),
     "no header there": (but("data/0", start=3), "PT-HEADER", "contradicts"),
     "overlapping": (
@@ -162,6 +185,13 @@ def test_two_members_cannot_share_their_bytes(tmp_path):
         TorchFile(tmp_path / "x.bin", "x.bin")
 
 
+def test_an_end_in_64_bits_may_say_what_the_other_says(tmp_path):
+    (tmp_path / "x.bin").write_bytes(wide_end())
+    file = TorchFile(tmp_path / "x.bin", "x.bin")
+    assert list(file.entries) == ["a"]
+    file.close()
+
+
 def test_checksums_behind_the_data_are_as_good(tmp_path):
     """As PyTorch writes: the member's own header has zeros for size and checksum."""
     (tmp_path / "x.bin").write_bytes(but("data/0", flags=8 | 1 << 11, local_size=0))
@@ -172,9 +202,10 @@ def test_checksums_behind_the_data_are_as_good(tmp_path):
     assert out.tolist() == [1, 2]
 
 
-def test_too_many_members(tmp_path):
-    entry = Member("m/data/0").central(0)
-    count = (32 << 20) // len(entry) + 1
+@pytest.mark.parametrize(("count", "extra"), [(100_001, 0), (600, 60_000)])
+def test_too_many_members(tmp_path, count, extra):
+    """Or a directory that is too large, of 36 MB."""
+    entry = Member("m/data/0", extra=bytes(extra)).central(0)
     with (tmp_path / "x.bin").open("wb") as file:
         file.write(GOOD[:DIRECTORY] + entry * count)
         length = count * len(entry)
