@@ -71,6 +71,22 @@ def moved(leaf: Any, kind: str) -> jax.Array:
     return jax.device_put(leaf, sharding.with_memory_kind(kind))
 
 
+def in_host(tree: Any) -> bool:
+    """Whether any array of `tree`, traced or not, lives in host memory: its type says so."""
+    spaces = (jax.typeof(leaf).memory_space for leaf in jax.tree.leaves(tree))
+    return any(space is jax.memory.Space.Host for space in spaces)
+
+
+def fetched(tree: Any) -> Any:
+    """`tree` in device memory, inside a program: a copy of what is in host memory, or itself."""
+    return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def kept_in_host(tree: Any) -> Any:
+    """`tree` in host memory, inside a program."""
+    return jax.device_put(tree, jax.memory.Space.Host)
+
+
 def total_device_bytes(device: jax.Device | None = None) -> int | None:
     """What JAX may allocate on `device`, in bytes; None where the backend does not say (a CPU)."""
     return memory_stat(device, "bytes_limit")

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
+from qlora_jax.models.remat import kept_by_name
 from qlora_jax.models.scores import PLAIN, Scores
 
 MASKED = -1e30  # a score that softmax turns to 0; -inf would make a row without keys NaN
@@ -235,7 +236,9 @@ def forward(
             return (y, (top + jnp.log(total)).reshape(n, group, rows)), ()
 
         outputs.append(over_blocks(band, block, (q,))[0])
-    y, logsumexp = (jnp.concatenate(parts, axis=2) for parts in zip(*outputs, strict=True))
+    y, logsumexp = (
+        kept_by_name(jnp.concatenate(parts, axis=2)) for parts in zip(*outputs, strict=True)
+    )
     return y, (q, k, v, segment_ids, window, y, logsumexp)
 
 

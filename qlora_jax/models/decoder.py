@@ -1,7 +1,6 @@
 """The decoder: embedding, a scan over stacked layers, a head. One program whatever the depth."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,66 +10,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.errors import InputError, listed
-from qlora_jax.models.attention import Attention, Context
+from qlora_jax.models.block import Block
 from qlora_jax.models.cache import KVCache
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import linear_shapes, module_shapes, norm_sizes, weight_shapes
-from qlora_jax.models.linear import Branch, Branches, Linear, matmul
-from qlora_jax.models.mlp import GatedMLP
+from qlora_jax.models.families import module_shapes, weight_shapes
+from qlora_jax.models.layers import Stack, run_layers
+from qlora_jax.models.linear import matmul
 from qlora_jax.models.norms import RMSNorm
+from qlora_jax.models.one_layer import OneLayer, Others, Shared, kinds, transposed_B
 from qlora_jax.models.rope import rotation
+from qlora_jax.placement import fetched, in_host
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, NORM
 
 Ids = Int[Array | np.ndarray, "B S"]
-Rotation = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
 Weights = Mapping[str, Array | QuantizedTensor]
-
-
-class Block(nnx.Module):
-    """One layer, or all of them stacked: attention and feed-forward, each behind a norm.
-
-    A family with post_norms has a norm behind each of both too, before it is added to x.
-    """
-
-    def __init__(self, config: ModelConfig, weights: Weights):
-        offset = config.family.norm_offset
-        linears = {
-            name: Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-            for name in linear_shapes(config)
-        }
-        norms = {
-            name: RMSNorm(weights[f"{name}.weight"], config.rms_norm_eps, offset)
-            for name in norm_sizes(config)
-        }
-        attention, mlp = "self_attn.", "mlp."
-        self.self_attn = Attention(config, part(linears, attention), part(norms, attention))
-        self.mlp = GatedMLP(part(linears, mlp), config.family.activation)
-        self.post_norms = config.family.post_norms
-        for name, norm in norms.items():
-            if "." not in name:
-                setattr(self, name, norm)
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        context: Context,
-        branches: Branches,
-        cache: KVCache | None = None,
-        layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), context, branches, cache, layer)
-        if not self.post_norms:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x), branches), cache
-        x = x + self.post_attention_layernorm(mixed)
-        inner = self.mlp(self.pre_feedforward_layernorm(x), branches)
-        return x + self.post_feedforward_layernorm(inner), cache
-
-
-def part(modules: Mapping[str, nnx.Module], prefix: str) -> dict[str, nnx.Module]:
-    """The modules whose names begin with `prefix`, without it."""
-    return {k.removeprefix(prefix): m for k, m in modules.items() if k.startswith(prefix)}
 
 
 class Decoder(nnx.Module):
@@ -147,7 +101,7 @@ class Decoder(nnx.Module):
         table = self.embed_tokens.get_value()
         if adapter is not None and (saved := adapter.params.get("embed_tokens")):
             table = saved["weight"]
-        x = jnp.take(table, input_ids, axis=0).astype(self.dtype)
+        x = rows_of(table, input_ids).astype(self.dtype)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
@@ -184,7 +138,7 @@ class Decoder(nnx.Module):
             dropout_key,
         )
         trained = adapter is not None and "lm_head" in adapter.params
-        logits = matmul(x, self.head(adapter), frozen=not trained).astype(jnp.float32)
+        logits = matmul(x, fetched(self.head(adapter)), frozen=not trained).astype(jnp.float32)
         if cap := self.config.logit_softcap:
             logits = jnp.tanh(logits / cap) * cap
         return logits if cache is None else (logits, cache)
@@ -202,8 +156,7 @@ class Decoder(nnx.Module):
         """The states behind the final norm: logits are `hidden @ head().T`.
 
         Args:
-          remat: `full` keeps each layer's input alone and computes the layer again in the
-            backward pass; `none` keeps what the layers' own gradients ask for.
+          remat: what layers keep for the backward pass, one of `remat.POLICIES`.
         """
         return self.run(input_ids, positions, segment_ids, adapter, None, dropout_key, remat)[0]
 
@@ -223,81 +176,48 @@ class Decoder(nnx.Module):
         real = None if segment_ids is None else segment_ids > 0
         if positions is None:
             positions = default_positions(input_ids, real, cache)
-        x = self.embedded(input_ids, adapter)
-        config = self.config
-        room = input_ids.shape[1] if cache is None else cache.k.shape[3]
-        turns = rotation(config.rope, config.head_dim, positions)
-        context = Context(*turns, segment_ids, config.scores(room))
-        local = config.local_rope and rotation(config.local_rope, config.head_dim, positions)
-
-        def step(carry, inputs):
-            x, cache = carry
-            block, layer, kind, params, scales, key = inputs
-            branches = layer_branches(adapter, params, scales, key)
-            return block(x, of_layer(context, kind, local), branches, cache, layer), None
-
-        if remat == "full":
-            step = jax.checkpoint(step)
-        layers = config.num_hidden_layers
-        params = {} if adapter is None else transposed_B(adapter)
-        scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
-        keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
-        inputs = (self.layers, jnp.arange(layers), kinds(config, room), params, scales, keys)
-        (x, cache), _ = jax.lax.scan(step, (x, cache), inputs)
+        layer, stack = self.stacked(positions, segment_ids, adapter, cache, dropout_key)
+        x, cache = run_layers(layer, (self.embedded(input_ids, adapter), cache), stack, remat)
         if cache is not None:
             batch, length = input_ids.shape
             count = jnp.full((batch,), length) if real is None else real.sum(-1)
             cache = cache.advanced(count.astype(jnp.int32))
         return self.norm(x), cache
 
-
-class Kinds(NamedTuple):
-    """What differs between the layers of one program, by layer; None where nothing does.
-
-    Attributes:
-      local: whether a layer has the rotation of those with a window.
-      window: how many tokens one sees, itself included.
-    """
-
-    local: Bool[Array | np.ndarray, "*L"] | None
-    window: Int[Array | np.ndarray, "*L"] | None
-
-
-def kinds(config: ModelConfig, room: int) -> Kinds:
-    """What differs between the layers of a model, over texts of at most `room` tokens."""
-    local = np.array([width is not None for width in config.windows])
-    reach = np.array(config.reach(room), np.int32)
-    differ = reach.min() < reach.max()
-    return Kinds(local if config.local_rope else None, reach if differ else None)
-
-
-def of_layer(context: Context, kind: Kinds, local: Rotation | None) -> Context:
-    """One layer's context: its rotation and its window, where layers differ in them."""
-    if kind.local is not None:
-        pairs = zip(local, (context.cos, context.sin), strict=True)
-        cos, sin = (jnp.where(kind.local, near, far) for near, far in pairs)
-        context = context._replace(cos=cos, sin=sin)
-    return context._replace(window=kind.window)
+    def stacked(
+        self,
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"] | None,
+        adapter: Adapter | None,
+        cache: KVCache | None,
+        dropout_key: Array | None,
+    ) -> tuple[OneLayer, Stack]:
+        """One layer as a function of (x, cache), and what all layers take beside that."""
+        config = self.config
+        room = positions.shape[1] if cache is None else cache.k.shape[3]
+        far, near = (
+            rope and rotation(rope, config.head_dim, positions)
+            for rope in (config.rope, config.local_rope)
+        )
+        layers = config.num_hidden_layers
+        params = {} if adapter is None else transposed_B(adapter)
+        scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
+        keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
+        others = Others(jnp.arange(layers), kinds(config, room), scales, keys)
+        dropout = 0.0 if adapter is None else adapter.spec.lora_dropout
+        layer = OneLayer(config.scores(room), dropout)
+        return layer, Stack(self.layers, params, others, Shared(far, near, segment_ids))
 
 
-def layer_branches(adapter: Adapter | None, params, scales, key) -> Branches:
-    """One layer's part of an adapter, by the name of the linear that it belongs to."""
-    branches = {}
-    for index, (name, pair) in enumerate(sorted(params.items())):
-        own = None if key is None else jax.random.fold_in(key, index)
-        dropout = adapter.spec.lora_dropout
-        magnitude = pair.get("m")
-        branches[name] = Branch(pair["A"], pair["Bt"], scales[name], dropout, own, magnitude)
-    return branches
+def rows_of(table: Float[Array, "V D"], ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """The rows of a table, of which no more than these are copied if it lives in host memory."""
+    if not in_host(table):
+        return jnp.take(table, ids, axis=0)
 
+    def row(i):
+        return fetched(jax.lax.dynamic_index_in_dim(table, i, 0, False))
 
-def transposed_B(adapter: Adapter) -> dict[str, dict[str, Array]]:
-    """An adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
-    params = {}
-    for name in adapter.spec.targets:
-        own = dict(adapter.params[name])
-        params[name] = own | {"Bt": own.pop("B").swapaxes(1, 2)}
-    return params
+    return jax.lax.map(row, ids.reshape(-1)).reshape(*ids.shape, -1)
 
 
 def default_positions(

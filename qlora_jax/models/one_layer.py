@@ -1,0 +1,118 @@
+"""One layer as a function, and what it takes of the program around it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.models.attention import Context
+from qlora_jax.models.block import Block
+from qlora_jax.models.cache import KVCache
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.linear import Branch, Branches
+from qlora_jax.models.scores import Scores
+
+Rotation = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
+Carry = tuple[Float[Array, "B S D"], KVCache | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneLayer:
+    """A layer from (x, cache) to the next layer's: pure, and equal for equal settings.
+
+    Attributes:
+      scores: what all layers share of how they attend.
+      dropout: of the adapter.
+    """
+
+    scores: Scores
+    dropout: float = 0.0
+
+    def __call__(
+        self, carry: Carry, block: Block, params: Any, others: "Others", shared: "Shared"
+    ) -> Carry:
+        (x, cache), (index, kind, scales, key) = carry, others
+        context = of_layer(shared, kind, self.scores)
+        return block(x, context, branches(params, scales, self.dropout, key), cache, index)
+
+
+class Kinds(NamedTuple):
+    """What differs between the layers of one program, by layer; None where nothing does.
+
+    Attributes:
+      local: whether a layer has the rotation of those with a window.
+      window: how many tokens one sees, itself included.
+    """
+
+    local: Bool[Array | np.ndarray, "*L"] | None
+    window: Int[Array | np.ndarray, "*L"] | None
+
+
+def kinds(config: ModelConfig, room: int) -> Kinds:
+    """What differs between the layers of a model, over texts of at most `room` tokens."""
+    local = np.array([width is not None for width in config.windows])
+    reach = np.array(config.reach(room), np.int32)
+    differ = reach.min() < reach.max()
+    return Kinds(local if config.local_rope else None, reach if differ else None)
+
+
+class Others(NamedTuple):
+    """What each layer has of its own beside weights and adapter; every leaf has an axis L.
+
+    Attributes:
+      index: 0, 1, 2 ...
+      kind: how it differs from other layers.
+      scales: an adapter's, by the name of the linear.
+      key: for dropout; None in evaluation.
+    """
+
+    index: Int[Array, "*L"]
+    kind: "Kinds"
+    scales: dict[str, Float[Array, "*L"]]
+    key: Array | None
+
+
+class Shared(NamedTuple):
+    """What all layers of one program see.
+
+    Attributes:
+      far: the rotation, cos and sin.
+      near: that of layers with a window, where they have one of their own.
+      segment_ids: as of `Decoder`.
+    """
+
+    far: Rotation
+    near: Rotation | None
+    segment_ids: Int[Array, "B S"] | None
+
+
+def of_layer(shared: Shared, kind: Kinds, scores: Scores) -> Context:
+    """One layer's context: its rotation and its window, where layers differ in them."""
+    cos, sin = shared.far
+    if kind.local is not None:
+        pairs = zip(shared.near, shared.far, strict=True)
+        cos, sin = (jnp.where(kind.local, near, far) for near, far in pairs)
+    return Context(cos, sin, shared.segment_ids, scores, kind.window)
+
+
+def branches(params: Any, scales: Any, dropout: float, key: Array | None) -> Branches:
+    """One layer's part of an adapter, by the name of the linear that it belongs to."""
+    branches = {}
+    for index, (name, pair) in enumerate(sorted(params.items())):
+        own = None if key is None else jax.random.fold_in(key, index)
+        magnitude = pair.get("m")
+        branches[name] = Branch(pair["A"], pair["Bt"], scales[name], dropout, own, magnitude)
+    return branches
+
+
+def transposed_B(adapter: Adapter) -> dict[str, dict[str, Array]]:
+    """An adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
+    params = {}
+    for name in adapter.spec.targets:
+        own = dict(adapter.params[name])
+        params[name] = own | {"Bt": own.pop("B").swapaxes(1, 2)}
+    return params
