@@ -56,6 +56,11 @@ def run_layers(layer: Layer, carry: Any, stack: Stack, remat: str = "none") -> A
     return jax.lax.scan(again(step, remat), carry, stack[:3])[0]
 
 
+# Where two layers meet: XLA unrolls a loop of one, fuses its layer with the one behind the loop,
+# and the last bits are others than a scan's.
+apart = jax.lax.optimization_barrier
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def fetching(layer, remat, carry, weights, params, others, shared):
     """The layers, each fetched while the one before computes."""
@@ -77,7 +82,7 @@ def forward(layer, remat, carry, weights, params, others, shared):
         carry, pullback = vjp(layer, args)
         leaves, tree = jax.tree.flatten(pullback)
         form[:] = [tree]
-        return carry, leaves
+        return apart(carry), leaves
 
     carry, kept = forward_loop(one, remat, carry, stack)
     return carry, (Pullback(form[0]), kept, stack)
@@ -111,7 +116,8 @@ def backward(layer, remat, residuals, gradient):
     def one(gradient, grads, weights, i):
         leaves = fetched(at(kept, i))
         back = pullback.of(leaves, weights, *own(stack, i), stack.shared)
-        gradient, _, mine, _, _ = back(gradient)
+        gradient, _, mine, _, _ = back(apart(gradient))
+        gradient, mine = apart((gradient, mine))
         return gradient, put(grads, mine, i)
 
     def body(state, _):
