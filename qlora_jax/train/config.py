@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from qlora_jax.adapters.spec import SAVED
 from qlora_jax.data.formats import FORMATS
 from qlora_jax.errors import InputError
+from qlora_jax.models.remat import POLICIES
 from qlora_jax.optim.schedules import SCHEDULES
 from qlora_jax.train.config_checks import (
+    contradictory,
     invalid,
     missing,
     raise_all,
@@ -66,7 +68,7 @@ class TrainConfig(BaseModel):
     double_quant: bool = True
     block_size: BlockSize = 64
     quantize_lm_head: bool = False
-    stream_weights: Literal["auto", "off"] = "auto"
+    stream_weights: Literal["auto", "off", "on", "all", "disk"] = "auto"
 
     # lora
     lora_r: Rank = 64
@@ -107,7 +109,7 @@ class TrainConfig(BaseModel):
     adam_beta2: BelowOne = 0.999
     weight_decay: Share = 0.0
     max_grad_norm: Positive | None = 0.3
-    gradient_checkpointing: Literal["auto", "full", "none"] = "auto"
+    gradient_checkpointing: Literal["auto", *POLICIES] = "auto"
     optim_memory: Literal["auto", "host", "device"] = "auto"
     seed: Seed = 0
 
@@ -129,6 +131,7 @@ class TrainConfig(BaseModel):
         settings = defaults() | values
         problems += unsupported(values)
         problems += unused(values, settings, UNUSED)
+        problems += contradictory(settings)
         refused = {problem.where for problem in problems if problem.code == "CFG-UNSUPPORTED"}
         try:
             super().__init__(**{key: values[key] for key in values if key not in refused})

@@ -7,7 +7,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qlora_jax.errors import InputError, nearest
-from qlora_jax.train.config_rules import ALIASES, REQUIRED, UNSUPPORTED, Unused
+from qlora_jax.train.config_rules import (
+    ALIASES,
+    CONTRADICTIONS,
+    REQUIRED,
+    UNSUPPORTED,
+    Unused,
+)
 
 LONGEST = 200  # characters of a value in a message
 BOUNDS = {
@@ -89,6 +95,21 @@ def unused(
         if rule.when(settings)
         for key in rule.keys
         if key in values
+    ]
+
+
+def contradictory(settings: Mapping[str, Any]) -> list[InputError]:
+    """An error for each pair of settings that cannot both hold."""
+    return [
+        InputError(
+            "CFG-TOGETHER",
+            rule.key,
+            f"{shown(settings[rule.key])} {rule.why}",
+            rule.expected,
+            rule.hint,
+        )
+        for rule in CONTRADICTIONS
+        if rule.when(settings)
     ]
 
 

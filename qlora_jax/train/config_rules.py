@@ -100,6 +100,34 @@ EVALUATION = (
 )
 
 
+class Contradiction(NamedTuple):
+    """Values of two keys that cannot both hold.
+
+    Attributes:
+      key: the one that is told.
+    """
+
+    key: str
+    when: Callable[[Settings], bool]
+    why: str
+    expected: str
+    hint: str
+
+
+CONTRADICTIONS = (
+    Contradiction(
+        "gradient_checkpointing",
+        lambda s: (
+            s["stream_weights"] == "disk"
+            and s["gradient_checkpointing"] in ("none", "save-attention")
+        ),
+        "keeps more than a layer's input, and of layers that come from disk no more can be kept",
+        "full or offload with stream_weights disk",
+        "gradient_checkpointing=offload",
+    ),
+)
+
+
 class Unsupported(NamedTuple):
     """Values of a key that are known and refused, since what they ask for is not there yet."""
 
@@ -125,9 +153,6 @@ UNSUPPORTED = (
         lambda v: v is not None,
         "a revision is part of the model's name",
         "model=ORG/NAME@REVISION, or the path of a folder that holds it",
-    ),
-    Unsupported(
-        "stream_weights", is_word("on"), "weights are not streamed yet", "stream_weights=off"
     ),
     Unsupported(
         "init",

@@ -13,7 +13,7 @@ import jax
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.init import init_adapter
-from qlora_jax.adapters.spec import LoraSpec, make_spec
+from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.load import Progress, Source
 from qlora_jax.data.dataset import Dataset
@@ -21,9 +21,8 @@ from qlora_jax.data.load import load_dataset
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
-from qlora_jax.models.families import module_shapes
-from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.workflows.adapter_folder import load_adapter
 from qlora_jax.workflows.open import load_model, open_source
 from qlora_jax.workflows.run_folder import refuse_used
@@ -69,23 +68,6 @@ def open_run(
     return Trainer(
         model, lora, data, config, tokenizer, eval_data=eval_data, say=say, notes=notes + read
     )
-
-
-def fitted(config: TrainConfig, shape: ModelConfig) -> tuple[TrainConfig, list[str]]:
-    """The configuration with a max_seq_length that the model has positions for, and a note on it.
-
-    Raises:
-      InputError: RUN-LENGTH, a larger one was asked for.
-    """
-    most = shape.max_position_embeddings
-    if config.max_seq_length <= most:
-        return config, []
-    if "max_seq_length" in config.model_fields_set:
-        found = f"{config.max_seq_length:,}"
-        expected = f"at most {most:,}, the model's max_position_embeddings"
-        raise InputError("RUN-LENGTH", "max_seq_length", found, expected, f"max_seq_length={most}")
-    note = f"max_seq_length is {most:,}, the model's max_position_embeddings"
-    return config.replace(max_seq_length=most), [note]
 
 
 def open_tokenizer(
@@ -147,37 +129,6 @@ def open_data(
         parts = data.split(config.val_size, config.shuffle_seed)
         return *parts, [f"before val_size: {line}" for line in data.statistics.lines()]
     return data, None, []
-
-
-def quantization_of(config: TrainConfig) -> QuantizationConfig | None:
-    """How the base is quantized; None keeps it dense."""
-    if not config.load_in_4bit:
-        return None
-    return QuantizationConfig(
-        config.quant_type, config.block_size, config.double_quant, config.quantize_lm_head
-    )
-
-
-def spec_of(config: TrainConfig, shape: ModelConfig) -> LoraSpec:
-    """Targets, ranks and alphas of a new adapter.
-
-    Raises:
-      InputError: LORA-TARGETS, a target that matches nothing, with the nearest names.
-    """
-    return make_spec(
-        module_shapes(shape),
-        shape.num_hidden_layers,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        targets=config.target_modules,
-        exclude=config.exclude_modules,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        modules_to_save=config.modules_to_save,
-        dropout=config.lora_dropout,
-    )
 
 
 def begin(config: TrainConfig, model: Decoder, spec: LoraSpec | None) -> Adapter:

@@ -20,17 +20,12 @@ from qlora_jax.models.families import module_shapes, weight_shapes
 from qlora_jax.train.config import PATHS, TrainConfig, beside
 from qlora_jax.train.config_rules import ALIASES
 from qlora_jax.train.config_yaml import parse_overrides, read_yaml
+from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.weight_names import LAYERS
 from qlora_jax.workflows.header import millions
 from qlora_jax.workflows.open import open_source
 from qlora_jax.workflows.run_folder import refuse_used
-from qlora_jax.workflows.training import (
-    fitted,
-    open_data,
-    open_tokenizer,
-    quantization_of,
-    spec_of,
-)
+from qlora_jax.workflows.training import open_data, open_tokenizer
 
 
 class Validation:

@@ -122,7 +122,6 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
 
 REFUSED = [
     ("revision", "main"),
-    ("stream_weights", "on"),
     ("init", "pissa"),
     ("optim", "paged_adamw_8bit"),
     ("optim", "adamw_8bit"),
@@ -148,6 +147,16 @@ def test_every_row_of_the_unsupported_table_is_met():
     for rule in UNSUPPORTED:
         assert any(rule.key == key and rule.when(value) for key, value in REFUSED)
         assert not rule.when(TrainConfig().model_dump()[rule.key])
+
+
+def test_what_cannot_be_kept_of_layers_from_disk_is_refused():
+    found, text = problems(
+        lambda: TrainConfig(stream_weights="disk", gradient_checkpointing="none")
+    )
+    assert found == {("CFG-TOGETHER", "gradient_checkpointing")}
+    assert "gradient_checkpointing=offload" in text
+    assert TrainConfig(stream_weights="disk", gradient_checkpointing="offload")
+    assert TrainConfig(stream_weights="all", gradient_checkpointing="none")
 
 
 IDLE = [
