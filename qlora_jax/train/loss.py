@@ -66,7 +66,17 @@ def token_sums(
         dropout_key=dropout_key,
         remat=remat,
     )
-    targets = next_labels(batch["labels"])
+    return sums_of(hidden, model, batch["labels"], adapter)
+
+
+def sums_of(
+    hidden: Float[Array, "B S D"],
+    model: Decoder,
+    labels: Int[Array, "B S"],
+    adapter: Adapter | None,
+) -> tuple[CrossEntropy, Int[Array, ""]]:
+    """`token_sums` from the states behind the final norm on."""
+    targets = next_labels(labels)
     head = model.head(adapter)
     dense = head.dequantize(model.dtype) if isinstance(head, QuantizedTensor) else head
     sums = cross_entropy(
