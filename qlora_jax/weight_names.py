@@ -4,3 +4,14 @@ LAYERS = "model.layers."  # a layer's weights begin so; its number follows, or n
 EMBEDDINGS = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"  # absent where it is tied to the embeddings
+
+# stream_weights: how much of a model lives in host memory.
+STREAMED = {"off": (), "on": (LAYERS,), "all": (LAYERS, EMBEDDINGS, HEAD)}
+
+
+def is_streamed(name: str, stream_weights: str) -> bool:
+    """Whether the weight of this name, stacked or not, lives in host memory; a key of STREAMED.
+
+    The last norm never does: it is a vector of the model's width.
+    """
+    return name.startswith(STREAMED[stream_weights])

@@ -25,10 +25,11 @@ from qlora_jax.checkpoints.safetensors_header import Spec, nbytes
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
+from qlora_jax.placement import to_host
 from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
-from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS
+from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, is_streamed
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 OnWeight = Callable[[str, np.ndarray, QuantizedTensor], None]
@@ -54,15 +55,18 @@ def load_weights(
     dtype: str = "bfloat16",
     *,
     layout: str = "bnb",
+    stream_weights: str = "off",
     progress: Progress | None = None,
     on_weight: OnWeight | None = None,
 ) -> dict[str, jax.Array | QuantizedTensor]:
     """All weights of a model by stacked name, layers along a leading axis L.
 
-    Peak memory is the result and about two dense tensors.
+    Peak memory is the result, about two dense tensors, and where an array that was read must be
+    copied to get to its place, one stacked weight: the largest come first, when little is there.
 
     Args:
       layout: the code order that the kernels of this backend want, "bnb" or "halves".
+      stream_weights: what of it lives in host memory, a key of weight_names.STREAMED.
       others: as for `Loader`.
 
     Raises:
@@ -72,12 +76,13 @@ def load_weights(
         source, model_config, quantization, dtype, progress=progress, on_weight=on_weight
     )
     result = {}
-    for stacked in loader.table:
+    for stacked in sorted(loader.table, key=loader.stacked_nbytes, reverse=True):
         weight = loader.stacked(stacked)
         if isinstance(weight, QuantizedTensor):
             weight = in_layout(weight, layout)
-        result[stacked] = jax.device_put(weight)
-    return jax.block_until_ready(result)
+        place = to_host if is_streamed(stacked, stream_weights) else jax.device_put
+        result[stacked] = jax.block_until_ready(place(weight))
+    return result
 
 
 def source_dtype(source: Source) -> str:
@@ -245,6 +250,10 @@ class Loader:
         if self.on_weight:
             self.on_weight(name, dense, tensor)
         return tensor
+
+    def stacked_nbytes(self, stacked: str) -> int:
+        """Bytes of a weight of all layers as it is read."""
+        return sum(map(self.nbytes, self.table[stacked]))
 
     def nbytes(self, name: str) -> int:
         """Bytes of a weight as it is read, scales and tables included."""

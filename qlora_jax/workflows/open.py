@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+
 from pallas_kernels.nf4_matmul import preferred_layout
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.load import OnWeight, Progress, Source, load_weights
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
+from qlora_jax.placement import HOST, has_host_memory, memory_kinds
 from qlora_jax.quantization.policy import QuantizationConfig
+from qlora_jax.weight_names import STREAMED
 from qlora_jax.workflows.hub import local_path, why_missing
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ def load(
     double_quant: bool = True,
     block_size: int = 64,
     dtype: str = "bfloat16",
+    stream_weights: str = "off",
     progress: Progress | None = None,
     on_weight: OnWeight | None = None,
 ) -> tuple[Decoder, "PreTrainedTokenizerFast"]:
@@ -68,6 +73,8 @@ def load(
       double_quant: quantize the block scales too (with a name in `quantization`).
       block_size: weights that share a scale (with a name in `quantization`).
       dtype: of the activations and the dense weights: bfloat16, float32 or float16.
+      stream_weights: off, on (the layers' weights live in pinned host memory, and each comes to the
+        device when its layer is computed) or all (embeddings and head too).
       progress: called after each tensor with (bytes done, bytes in all, name).
       on_weight: called with each weight that is quantized: its name, dense, and QuantizedTensor;
         see quantization/report.py.
@@ -84,6 +91,7 @@ def load(
             source,
             quantization=quantization,
             dtype=dtype,
+            stream_weights=stream_weights,
             progress=progress,
             on_weight=on_weight,
         )
@@ -97,10 +105,12 @@ def load_model(
     *,
     quantization: QuantizationConfig | None,
     dtype: str = "bfloat16",
+    stream_weights: str = "off",
     progress: Progress | None = None,
     on_weight: OnWeight | None = None,
 ) -> Decoder:
     """The model of an opened checkpoint; see `load`."""
+    refuse_streaming(stream_weights)
     config = ModelConfig.from_dict(source.config, str(source.path))
     weights = load_weights(
         source,
@@ -108,7 +118,27 @@ def load_model(
         quantization,
         dtype=dtype,
         layout=preferred_layout(),
+        stream_weights=stream_weights,
         progress=progress,
         on_weight=on_weight,
     )
     return Decoder.from_weights(config, weights, dtype)
+
+
+def refuse_streaming(stream_weights: str) -> None:
+    """Streaming is known by name, and the backend has host memory that the device can address.
+
+    Raises:
+      InputError: STREAM-NAME, STREAM-HOST.
+    """
+    if stream_weights not in STREAMED:
+        expected = f"one of {', '.join(STREAMED)}"
+        raise InputError("STREAM-NAME", "stream_weights", f"is {stream_weights!r}", expected)
+    if stream_weights != "off" and not has_host_memory():
+        raise InputError(
+            "STREAM-HOST",
+            f"stream_weights={stream_weights}",
+            f"the device {jax.devices()[0]} cannot address memory of kind {HOST}",
+            f"a backend that has it; this one has {', '.join(memory_kinds())}",
+            "stream_weights=off",
+        )
