@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.codebooks import DYNAMIC_SIGNED, Kind, midpoints, sorted_codes
 from pallas_kernels.quantize.division import divide, reciprocal
+from pallas_kernels.quantize.dynamic import dynamic_code_of
 
 TINY = np.finfo(np.float32).tiny  # a smaller divisor is a zero where denormals are flushed
 HUGE = np.float32(2**125)  # and the reciprocal of a larger one is denormal
 NESTED_BLOCK = 256  # scales that share one nested scale
-STEPS = 65536  # grid on which dynamic codes are looked up
 
 
 class DoubleQuantized(NamedTuple):
@@ -143,16 +143,8 @@ def double_quantize(absmax: Float32[Array, "*blocks"]) -> DoubleQuantized:
     nested = jnp.abs(centred).max(axis=-1)
     inverse = reciprocal(jnp.maximum(nested * shrink, TINY))
     scaled = centred * shrink * inverse[:, None]
-    codes = jnp.where((nested > 0)[:, None], dynamic_code_of(scaled), np.uint8(0))
+    codes = jnp.where((nested > 0)[:, None], dynamic_code_of(scaled, DYNAMIC_SIGNED), np.uint8(0))
     return DoubleQuantized(codes.reshape(-1)[: flat.size].reshape(absmax.shape), nested, offset)
-
-
-def dynamic_code_of(scaled: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """The signed dynamic map's code nearest to each number of [-1, 1], on a grid of STEPS."""
-    grid = np.linspace(-1, 1, STEPS).astype(np.float32)
-    nearest = np.searchsorted((DYNAMIC_SIGNED[:-1] + DYNAMIC_SIGNED[1:]) / 2, grid)
-    step = ((scaled + 1) * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(jnp.int32)
-    return jnp.asarray(nearest.astype(np.uint8))[jnp.clip(step, 0, STEPS - 1)]
 
 
 def mean(x: Float32[Array, " n"]) -> Float32[Array, ""]:

@@ -30,18 +30,21 @@ def choose_memory(
     pages: int,
     reserved_bytes: int = 0,
     free_bytes: int | None = None,
+    own_bytes: int = 0,
     elementwise: bool = True,
 ) -> MemoryChoice:
     """Host memory only when asked for, or when the state does not fit beside the training step.
 
-        fits: state_bytes <= free_bytes - reserved_bytes
+        fits: state_bytes <= free_bytes + own_bytes - reserved_bytes
 
     Args:
       requested: `optim_memory`: auto, host or device.
       state_bytes: of the whole optimizer state (`paged_adamw.state_bytes`).
-      pages: how many pages it has, the number of layers.
-      reserved_bytes: what the training step will still allocate (gradients, activations).
+      pages: how many pages it has (`Paged.pages`).
+      reserved_bytes: what the training step will still allocate (gradients, activations): by the
+        compiled step's memory analysis, or the planner's estimate.
       free_bytes: of the device; asked of the backend when None.
+      own_bytes: of this state, already on the device and so not free.
       elementwise: whether the transform may be paged at all.
 
     Raises:
@@ -57,7 +60,7 @@ def choose_memory(
         free_bytes = free_device_bytes()
     if free_bytes is None:
         return MemoryChoice("device", 0, f"{size} on the device: its free memory is unknown")
-    room = max(0, free_bytes - reserved_bytes)
+    room = max(0, free_bytes + own_bytes - reserved_bytes)
     have = f"{room / 1e9:.2f} GB are free beside the training step"
     if state_bytes <= room:
         return MemoryChoice("device", 0, f"{size} on the device: {have}")

@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
     gradient_accumulation_steps: Count = 16
     num_epochs: Positive = 1
     max_steps: Count | None = None
-    optim: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.999
     weight_decay: Share = 0.0

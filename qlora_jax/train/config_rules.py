@@ -161,12 +161,6 @@ UNSUPPORTED = (
         "init=default",
     ),
     Unsupported(
-        "optim",
-        lambda v: isinstance(v, str) and "8bit" in v,
-        "optimizers with 8-bit state are not there yet",
-        "optim=paged_adamw_32bit",
-    ),
-    Unsupported(
         "report_to",
         lambda v: isinstance(v, list) and not {"jsonl"}.issuperset(map(str, v)),
         "figures go to metrics.jsonl only",

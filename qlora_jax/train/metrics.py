@@ -3,7 +3,8 @@
     step  250/1875 | epoch 0.43 | loss 1.0832 | grad 0.21 | lr 2.0e-4 | 3,912 tok/s (61% trained)
 
 A row is a dict with some of the `KEYS`, `step` always. A row of a training step has `loss`, a row
-of an evaluation `eval_loss`.
+of an evaluation `eval_loss`. `host_bytes_moved` are the optimizer's pages between host and device,
+both ways, and `host_seconds_moved` what a step spent on starting these copies and waiting for them.
 """
 
 import json
@@ -29,6 +30,7 @@ KEYS = (
     "step_time",
     "peak_memory_bytes",
     "host_bytes_moved",
+    "host_seconds_moved",
     "mean_token_accuracy",
     "eval_loss",
     "eval_perplexity",
@@ -133,6 +135,8 @@ def terminal_row(
     if (peak := row.get("peak_memory_bytes")) is not None:
         limit = "" if memory_limit_bytes is None else f"/{memory_limit_bytes / 1e9:.1f}"
         parts.append(f"{peak / 1e9:.1f}{limit} GB")
+    if moved := row.get("host_bytes_moved"):
+        parts.append(f"moved {moved / 1e9:.2f} GB in {row['host_seconds_moved'] * 1e3:.0f} ms")
     if seconds_left is not None:
         parts.append(f"eta {clock(seconds_left)}")
     if compiles is not None:

@@ -52,6 +52,7 @@ class Recorder:
         epoch: float,
         learning_rate: float,
         bytes_moved: int,
+        seconds_moved: float,
         seconds: float,
     ) -> None:
         """Every `logging_steps`, at the first step and at the last: one row."""
@@ -73,6 +74,7 @@ class Recorder:
             "step_time": seconds,
             "peak_memory_bytes": peak_bytes(),
             "host_bytes_moved": bytes_moved,
+            "host_seconds_moved": seconds_moved,
             "mean_token_accuracy": float(metrics.accuracy),
         }
         self.file.append(row)

@@ -26,7 +26,8 @@ from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.optim.memory import choose_memory
-from qlora_jax.optim.paged_adamw import Paged, state_bytes
+from qlora_jax.optim.paged import Paged, pages_of, state_bytes
+from qlora_jax.optim.paged_adamw import ADAMW
 from qlora_jax.optim.schedules import schedule
 from qlora_jax.placement import to_device, total_device_bytes
 from qlora_jax.train.config import TrainConfig
@@ -150,29 +151,27 @@ class Trainer:
     def choose_optimizer(
         self, transform: optax.GradientTransformation | None, elementwise: bool
     ) -> tuple[Paged, str]:
-        """AdamW, or the user's own transform, and why its state is where it is."""
-        config = self.config
-        if transform is None:
-            transform, elementwise = (
-                optax.adamw(
-                    self.learning_rate,
-                    b1=config.adam_beta1,
-                    b2=config.adam_beta2,
-                    weight_decay=config.weight_decay,
-                ),
-                True,
+        """AdamW in 32 or 8 bits, or the user's own transform, and why its state is where it is."""
+        config, ours = self.config, transform is None
+        if ours:
+            transform = ADAMW[8 if config.optim == "paged_adamw_8bit" else 32](
+                self.learning_rate,
+                b1=config.adam_beta1,
+                b2=config.adam_beta2,
+                weight_decay=config.weight_decay,
             )
         choice = choose_memory(
             config.optim_memory,
             state_bytes=state_bytes(transform, self.lora.params),
-            pages=self.lora.spec.num_layers,
-            elementwise=elementwise,
+            pages=pages_of(transform, self.lora.params),
+            elementwise=ours or elementwise,
         )
         optimizer = Paged(
             transform,
             memory=choice.memory,
             resident=choice.resident,
-            elementwise=elementwise,
+            elementwise=ours or elementwise,
+            contracts=not ours,
         )
         return optimizer, choice.reason
 
@@ -223,7 +222,8 @@ class Trainer:
         if resume is None:
             return state
         checkpoint = folder.resumed_checkpoint(resume)
-        state = restore(checkpoint, state, self.identity)
+        state = restore(checkpoint, self.saved(state), self.identity)
+        state.optimizer = self.optimizer.placed(state.params, state.optimizer)
         self.tell(f"resumed  {checkpoint} (step {state.counters.step} of {self.total_steps})")
         return state
 
@@ -280,7 +280,8 @@ class Trainer:
             metrics,
             learning_rate=learning_rate,
             epoch=self.epoch(counters),
-            bytes_moved=self.optimizer.bytes_moved,
+            bytes_moved=self.optimizer.bytes_moved if finite else 0,
+            seconds_moved=self.optimizer.seconds_moved if finite else 0.0,
             seconds=time.perf_counter() - started,
         )
 
@@ -333,10 +334,15 @@ class Trainer:
         if not path.exists():  # a resumed run that is stopped at once has it already
             with new_folder(path) as temporary:
                 self.save_adapter(temporary, state)
-                save(temporary, state, self.identity)
+                save(temporary, self.saved(state), self.identity)
             folder.keep_newest(self.config.save_total_limit)
         if stop.signal:
             raise Stopped(stop.signal, path)
+
+    def saved(self, state: RunState) -> RunState:
+        """The state as a checkpoint holds it: the optimizer's is the same wherever it lives."""
+        whole = self.optimizer.whole(state.params, state.optimizer)
+        return dataclasses.replace(state, optimizer=whole)
 
     def end(self, state: RunState, folder: RunFolder, recorder: Recorder) -> Run:
         """The final adapter, the plot and the summary."""

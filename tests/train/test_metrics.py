@@ -20,6 +20,7 @@ ROW = {
     "step_time": 0.52,
     "peak_memory_bytes": 18_400_000_000,
     "host_bytes_moved": 0,
+    "host_seconds_moved": 0.0,
     "mean_token_accuracy": 0.71,
 }
 
@@ -41,6 +42,10 @@ def test_the_line_that_a_person_reads():
         ({"step": 3, "loss": math.nan}, "step 3/9 | loss nan"),
         ({"step": 3, "learning_rate": 0.0}, "step 3/9 | lr 0.0e0"),
         ({"step": 3, "peak_memory_bytes": 10**9}, "step 3/9 | 1.0 GB"),
+        (
+            {"step": 3, "host_bytes_moved": 3_310_000_000, "host_seconds_moved": 0.1302},
+            "step 3/9 | moved 3.31 GB in 130 ms",
+        ),
         ({"step": 3, "eval_loss": 1.0}, "step 3/9 | eval loss 1.0000 | perplexity 2.72"),
         (
             {"step": 3, "eval_loss": 9.0, "eval_perplexity": 8103.0},

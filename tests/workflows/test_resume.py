@@ -56,6 +56,8 @@ def test_stopped_and_resumed_is_never_stopped(home, tmp_path, packing, accumulat
     [
         {"lora_dropout": 0.3},
         {"optim_memory": "host"},
+        {"optim": "paged_adamw_8bit", "lora_r": 64},
+        {"optim": "paged_adamw_8bit", "lora_r": 64, "optim_memory": "host"},
         {"dtype": "bfloat16", "batch_size": 2},
         {"val_size": 0.3, "eval_steps": 2},
         {"use_dora": True, "lora_dropout": 0.3},
@@ -72,6 +74,19 @@ def test_resume_is_exact_with(home, tmp_path, extra):
         first.fit()
     trainer(home, tmp_path / "parts", **settings).fit(resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 5)
+
+
+@pytest.mark.parametrize("first", ["host", "device"])
+def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first):
+    settings = {"max_steps": 5, "save_steps": 5, "optim": "paged_adamw_8bit", "lora_r": 64}
+    trainer(home, tmp_path / "whole", optim_memory=first, **settings).fit()
+    stopped = trainer(home, tmp_path / "parts", optim_memory=first, **settings)
+    stop_behind(stopped, 3)
+    with pytest.raises(Stopped):
+        stopped.fit()
+    other = {"host": "device", "device": "host"}[first]
+    trainer(home, tmp_path / "parts", optim_memory=other, **settings).fit(resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 5, moved=True)
 
 
 def test_dropout_drops(home, tmp_path):

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from qlora_jax.adapters.init import init_lora
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.data.load import load_dataset
-from qlora_jax.errors import InputError, NonFinite
+from qlora_jax.errors import DoesNotFit, InputError, NonFinite
 from qlora_jax.models import Decoder
+from qlora_jax.optim import paged
+from qlora_jax.placement import HOST
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.batches import BatchSource
 from qlora_jax.workflows.header import header
@@ -100,8 +102,46 @@ def test_host_memory_gives_the_same_numbers(home, tmp_path):
     host = trainer(home, tmp_path / "host", max_steps=3, optim_memory="host").fit()
     assert_same(device.lora.params, host.lora.params)
     assert device.metrics[0]["host_bytes_moved"] == 0
-    # There and back: two moments, and two counts (AdamW's, the schedule's) of each of two layers.
-    assert host.metrics[0]["host_bytes_moved"] == 2 * (2 * host.lora.nbytes + 2 * 2 * 4)
+    # There and back: two moments, and the count of the only page.
+    assert host.metrics[0]["host_bytes_moved"] == 2 * (2 * host.lora.nbytes + 4)
+    assert device.metrics[0]["host_seconds_moved"] == 0
+    assert 0 < host.metrics[0]["host_seconds_moved"] < host.metrics[0]["step_time"]
+
+
+def test_8_bit_moments_are_rounded_moments(home, tmp_path):
+    """Ranks are large enough here for leaves of 4096 numbers a layer."""
+    runs = {
+        name: trainer(home, tmp_path / name, max_steps=3, lora_r=64, optim=f"paged_adamw_{name}")
+        for name in ("32bit", "8bit")
+    }
+    losses = {name: [row["loss"] for row in run.fit().metrics] for name, run in runs.items()}
+    assert losses["8bit"][:2] == losses["32bit"][:2]  # a step uses moments before they are rounded
+    assert losses["8bit"][2] != losses["32bit"][2]
+    np.testing.assert_allclose(losses["8bit"], losses["32bit"], rtol=1e-2)
+
+
+def test_a_full_host_ends_the_run_and_leaves_the_checkpoint(home, tmp_path, monkeypatch):
+    settings = {"max_steps": 4, "save_steps": 2, "optim_memory": "host"}
+    trainer(home, tmp_path / "whole", **settings).fit()
+    run, put = trainer(home, tmp_path / "run", **settings), paged.put
+
+    def full(tree, kind):
+        if kind == HOST:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 77 bytes."
+            )
+        return put(tree, kind)
+
+    def fill(step, total):
+        if step == 3:
+            monkeypatch.setattr(paged, "put", full)
+
+    run.on_step = fill
+    with pytest.raises(DoesNotFit, match=r"OPT-HOST.*no room in pinned_host.*checkpoints .* good"):
+        run.fit()
+    monkeypatch.undo()
+    trainer(home, tmp_path / "run", **settings).fit(resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 4)
 
 
 def test_epochs_end_where_the_rows_do(home, tmp_path):

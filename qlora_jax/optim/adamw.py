@@ -1,0 +1,100 @@
+"""AdamW, rounded as bitsandbytes' is, and the same in whatever program it is compiled.
+
+A product and a sum may be contracted into one operation with one rounding, and whether they are
+depends on the program around: the last bit of a parameter would depend on where its state lives.
+Here every product that is added to something is rounded first, so that nothing can be contracted.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32
+
+from pallas_kernels.rounding import rounded
+from qlora_jax.optim.pages import layer_count
+
+Pack = Callable[[Array, int, bool], Any]
+Unpack = Callable[[Any, Array, bool], Array]
+
+
+class AdamWState(NamedTuple):
+    """What AdamW keeps between steps.
+
+    Attributes:
+      count: steps so far.
+      m, v: running means of the gradient and of its square, trees as the parameters'.
+    """
+
+    count: Int32[Array, ""]
+    m: Any
+    v: Any
+
+
+def as_it_is(moment: Array, layers: int, signed: bool) -> Array:
+    """A moment in 32 bits."""
+    return moment
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    pack: Pack = as_it_is,
+    unpack: Unpack = lambda kept, like, signed: kept,
+) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay.
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        p = (1 - lr weight_decay) p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+    Args:
+      learning_rate: a number, or a schedule of the steps done before, which begins with 0.
+      pack: how a moment is kept: (float32 as the leaf, layers of the tree, signed) -> anything.
+      unpack: `pack` undone: (what was kept, an array as the leaf, signed) -> float32.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101. After 20 steps parameters of size 4 are at
+    most 2.4e-7, one unit in their last place, from torch's and bitsandbytes' AdamW; those of
+    optax.adamw, which rounds in another order, 2.1e-6.
+    """
+
+    def init(params: Any) -> AdamWState:
+        layers = layer_count(params)
+
+        def zeros(signed):
+            return jax.tree.map(lambda p: pack(jnp.zeros_like(p), layers, signed), params)
+
+        return AdamWState(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
+
+    def update(grads: Any, state: AdamWState, params: Any) -> tuple[Any, AdamWState]:
+        count = optax.safe_increment(state.count)
+        rate = jnp.asarray(
+            learning_rate(state.count) if callable(learning_rate) else learning_rate, jnp.float32
+        )
+        t = count.astype(jnp.float32)
+        step = rate / (1 - jnp.float32(b1) ** t)
+        shrink = 1 / jnp.sqrt(1 - jnp.float32(b2) ** t)
+        decay = 1 - rounded(rate * weight_decay)
+        layers = layer_count(params)
+        leaves, structure = jax.tree.flatten(params)
+        rows = zip(
+            *(leaves, structure.flatten_up_to(grads)),
+            *(structure.flatten_up_to(state.m), structure.flatten_up_to(state.v)),
+            strict=True,
+        )
+        found = []
+        for p, g, kept_m, kept_v in rows:
+            m = rounded(b1 * unpack(kept_m, p, True)) + rounded((1 - b1) * g)
+            v = rounded(b2 * unpack(kept_v, p, False)) + rounded((1 - b2) * g * g)
+            new = rounded(decay * p) - rounded(step * (m / (rounded(shrink * jnp.sqrt(v)) + eps)))
+            # Unless p and new are far apart, their difference is exact, and p + (new - p) is new.
+            found.append((new - p, pack(m, layers, True), pack(v, layers, False)))
+        updates, m, v = (structure.unflatten(column) for column in zip(*found, strict=True))
+        return updates, AdamWState(count, m, v)
+
+    return optax.GradientTransformation(init, update)
