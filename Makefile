@@ -45,25 +45,41 @@ format: setup
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
 
-# Compiling for absent GPUs: jax's CUDA plugin, ptxas and libdevice, without the CUDA libraries that
-# running would need. benchmarks/results/ is what these versions of jax and ptxas made.
+# Compiling for absent GPUs: the package with its extra, which has jax's CUDA plugin, ptxas and
+# libdevice without the CUDA libraries that running would need. benchmarks/results/ is what these
+# versions of jax and ptxas made.
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed
-GPU_JAX := jax==0.12.0.1 jaxtyping==0.3.11 flax==0.12.12 optax==0.2.8
+GPU_JAX := jax==0.12.0.1 jaxlib==0.12.0.1 jaxtyping==0.3.11 flax==0.12.12 optax==0.2.8
 GPU_CUDA := jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
   nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
-$(GPU_STAMP): Makefile
+$(GPU_STAMP): Makefile pyproject.toml
 	@$(GPU_VENV)/bin/python -m pip --version >/dev/null 2>&1 || \
 	  { python=$$(.ci/find-python) && "$$python" -m venv --clear $(GPU_VENV); }
-	@echo "Installing into $(GPU_VENV) (once; 1.4 GB)"
-	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(GPU_JAX)
-	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(GPU_CUDA)
+	@echo "Installing into $(GPU_VENV) (once; 2 GB)"
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[compile-gpu]' $(GPU_JAX) $(GPU_CUDA)
 	@touch $@
 
-compile-gpu: $(GPU_STAMP)
+# The same for the oldest jax, whose plugin has to be of the same version.
+GPU_OLDEST_VENV := .venv-gpu-oldest
+GPU_OLDEST_STAMP := $(GPU_OLDEST_VENV)/.installed
+OLDEST := $(shell sed -n 's/^  "jax>=\(.*\)",$$/\1/p' pyproject.toml)
+
+$(GPU_OLDEST_STAMP): Makefile pyproject.toml
+	@$(GPU_OLDEST_VENV)/bin/python -m pip --version >/dev/null 2>&1 || \
+	  { python=$$(.ci/find-python) && "$$python" -m venv --clear $(GPU_OLDEST_VENV); }
+	@echo "Installing jax $(OLDEST) and its plugin into $(GPU_OLDEST_VENV) (once; 2 GB)"
+	@$(GPU_OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[compile-gpu]' $(addsuffix ==$(OLDEST),jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt) \
+	  $(filter-out jax==% jaxlib==%, $(GPU_JAX)) $(filter-out jax-cuda%, $(GPU_CUDA))
+	@touch $@
+
+compile-gpu: $(GPU_STAMP) $(GPU_OLDEST_STAMP)
 	@$(GPU_VENV)/bin/python -m benchmarks.compile_gpu
 	@$(GPU_VENV)/bin/python -m benchmarks.compile_steps
+	@$(GPU_OLDEST_VENV)/bin/python -m benchmarks.compile_steps --subset
 
 # What has a bar to reach, in a few minutes; writes nothing.
 compile-gpu-subset: $(GPU_STAMP)
@@ -73,7 +89,7 @@ compile-gpu-subset: $(GPU_STAMP)
 # The oldest jax that pyproject.toml names, and only what the tests of pallas_kernels need.
 OLDEST_VENV := .venv-oldest
 OLDEST_STAMP := $(OLDEST_VENV)/.installed
-OLDEST_JAX := $(shell sed -n 's/^  "jax>=\(.*\)",$$/jax==\1/p' pyproject.toml)
+OLDEST_JAX := jax==$(OLDEST)
 
 $(OLDEST_STAMP): pyproject.toml
 	@$(OLDEST_VENV)/bin/python -m pip --version >/dev/null 2>&1 || \

@@ -19,7 +19,18 @@ KEYS = (
     "roofline_us",
     "ideal_bf16_us",
 )
-STEP_KEYS = ("gpu", "model", "seq_len", "argument_bytes", "temp_bytes", "host_bytes")
+STEP_KEYS = (
+    "gpu",
+    "model",
+    "seq_len",
+    "stream_weights",
+    "remat",
+    "device_bytes",
+    "host_bytes",
+    "argument_bytes",
+    "output_bytes",
+    "temp_bytes",
+)
 # The backends of nf4_matmul that are Mosaic kernels, in the order in which they are asked.
 BACKENDS = ("small_m", "hopper", "blackwell", "ampere")
 
@@ -33,7 +44,17 @@ RATIOS = {
     256: {"a100": 1.1, "h100": 1.1, "rtx4090": 1.2},
     4096: {"a100": 1.15, "h100": 1.15, "rtx4090": 1.15},
 }
-STEP_TEMPORARIES = {"rtx4090": 1.54e9}  # bytes, Llama-3.1-8B at 2048 tokens, rematerialized
+
+# Of steps compiled for STEP_GPU, one row of r = 16 on all linears: the most bytes of each kind, by
+# (model, tokens, stream_weights, remat). GB is 1e9 bytes.
+STEP_GPU = "rtx4090"
+STEPS = {
+    ("Llama-3.1-8B", 2048, "off", "full"): {"temp_bytes": 1.54e9, "device_bytes": 8e9},
+    ("Llama-3.1-8B", 512, "all", "offload"): {"device_bytes": 2e9},
+    ("Llama-3.1-8B", 4096, "all", "offload"): {"device_bytes": 4e9},
+    ("Llama-3-70B", 4096, "on", "full"): {"device_bytes": 16e9, "host_bytes": 45e9},
+    ("Llama-3-70B", 4096, "on", "offload"): {"device_bytes": 10e9, "host_bytes": 45e9},
+}
 
 
 def name(entry: dict) -> str:
@@ -66,16 +87,25 @@ def missed(entries: Iterable[dict]) -> list[str]:
     return lines
 
 
+def of_step(gpu: str, model: str, length: int, stream_weights: str, remat: str) -> dict[str, float]:
+    """The most bytes of each kind that a step may take; empty where it has no bar."""
+    return STEPS.get((model, length, stream_weights, remat), {}) if gpu == STEP_GPU else {}
+
+
 def missed_by_steps(entries: Iterable[dict]) -> list[str]:
-    """A line for each entry of compiled_steps.json that takes more memory than it may."""
-    lines = []
-    for entry in entries:
-        most, found = STEP_TEMPORARIES.get(entry["gpu"]), entry["temp_bytes"]
-        if most and found > most:
-            lines.append(
-                f"{entry['gpu']} {entry['model']}: {found} bytes temporary, not {most:.0f}"
-            )
-    return lines
+    """A line for each bar that an entry of compiled_steps.json does not reach."""
+    return [
+        f"{step_name(entry)}: {entry[kind]} {kind}, not {most:.0f}"
+        for entry in entries
+        for kind, most in of_step(*(entry[key] for key in STEP_KEYS[:5])).items()
+        if entry[kind] > most
+    ]
+
+
+def step_name(entry: dict) -> str:
+    """`rtx4090 Llama-3-70B 1x4096 on offload`."""
+    gpu, model, length, stream_weights, remat = (entry[key] for key in STEP_KEYS[:5])
+    return f"{gpu} {model} 1x{length} {stream_weights} {remat}"
 
 
 def first_choices(entries: Iterable[dict]) -> list[dict]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks import aot, bars, roofline, sass
+from benchmarks import bars, mosaic, roofline, sass
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.dequantize import mosaic as dequantize
 from pallas_kernels.gpu import KNOWN, Gpu
@@ -140,10 +140,10 @@ def compile_case(entry: dict) -> dict:
     direction, target = entry["direction"], KNOWN[entry["gpu"]]
     size = [entry[axis] for axis in "mnk"]
     if direction is None:
-        compiled = aot.kernels(target, *dequantized(*size[1:]))
+        compiled = mosaic.kernels(target, *dequantized(*size[1:]))
     else:
         function = getattr(GPU_BACKENDS[entry["kernel"]], direction)
-        compiled = aot.kernels(target, function, *shapes(*size, direction))
+        compiled = mosaic.kernels(target, function, *shapes(*size, direction))
     if len(compiled) != 1:
         raise ValueError(f"{len(compiled)} kernels were compiled, not 1")
     if compiled[0].serialized:
@@ -160,7 +160,7 @@ def dequantized(n: int, k: int):
 
 
 def figures(
-    gpu: Gpu, kernel: aot.Kernel, direction: str | None, m: int | None, n: int, k: int
+    gpu: Gpu, kernel: mosaic.Kernel, direction: str | None, m: int | None, n: int, k: int
 ) -> dict:
     """The rest of an entry."""
     ideal = None
@@ -185,7 +185,7 @@ def figures(
     }
 
 
-def code_of(gpu: Gpu, kernel: aot.Kernel) -> roofline.Code:
+def code_of(gpu: Gpu, kernel: mosaic.Kernel) -> roofline.Code:
     """The compiled kernel, as the roofline wants it."""
     if (loop := sass.main_loop(kernel.sass)) is None:
         raise ValueError("no loop of the machine code decodes weights by decode.py's permutes")
@@ -242,7 +242,9 @@ def detail(backend: str, gpu: str, m: int, n: int, k: int) -> None:
     for direction in ("forward", "backward"):
         print(f"{backend} {gpu} {direction} M={m} N={n} K={k}: ", end="")
         try:
-            compiled = aot.kernels(target, getattr(found, direction), *shapes(m, n, k, direction))
+            compiled = mosaic.kernels(
+                target, getattr(found, direction), *shapes(m, n, k, direction)
+            )
         except Unsupported as reason:
             print(f"not taken: {reason}")
             continue
@@ -257,7 +259,7 @@ def detail(backend: str, gpu: str, m: int, n: int, k: int) -> None:
             show_roofline(target, kernel, *((m, n, k) if direction == "forward" else (m, k, n)))
 
 
-def show_loops(kernel: aot.Kernel) -> None:
+def show_loops(kernel: mosaic.Kernel) -> None:
     """Every loop that decodes or multiplies; the others are for copies and waiting."""
     found, main = sass.loops(kernel.sass), sass.main_loop(kernel.sass)
     if main and main not in found:
@@ -277,7 +279,7 @@ def show_loops(kernel: aot.Kernel) -> None:
         print("\n   ", *(f"{name} {count}" for name, count in loop.counts.most_common()))
 
 
-def show_roofline(gpu: Gpu, kernel: aot.Kernel, m: int, n: int, k: int) -> None:
+def show_roofline(gpu: Gpu, kernel: mosaic.Kernel, m: int, n: int, k: int) -> None:
     code = code_of(gpu, kernel)
     bound = roofline.bound(gpu, code, m, n, k)
     ideal = roofline.ideal_bf16(gpu, m, n, k)

@@ -1,16 +1,20 @@
 """Compiles whole training steps for GPUs that are not there, and reads how much memory they take.
 
-    make compile-gpu                                  every GPU, into benchmarks/results/
-    python -m benchmarks.compile_steps --subset       the GPU that has a bar; nothing is written
+    make compile-gpu                                  every case, into benchmarks/results/
+    python -m benchmarks.compile_steps --subset       the cases that have a bar; nothing is written
+    python -m benchmarks.compile_steps --model Llama-3-70B --gpu rtx4090 --seq-len 4096
+        --stream-weights on --remat offload --buffers 20        one case, its largest arrays
+    python -m benchmarks.compile_steps --markdown     the table of what was compiled before
 
 The model is known by shape alone: no weight exists. A step is the gradients of one micro batch
-(train/step.py), which is where the memory goes; the optimizer's update is a page at a time. The
-exit code is 1 when the step takes more temporary memory than it may, holds a dense weight that is
-larger than one layer's largest matrix, or when one of its kernels spills.
+(train/step.py) and AdamW's update, whose state is in host memory (qlora_jax/memory/compiled.py).
+The exit code is 1 when a case takes more memory than its bar, when a program holds a dense weight
+that is larger than one layer's largest matrix, or when one of its kernels spills.
 """
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import math
@@ -19,109 +23,141 @@ import re
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from benchmarks import aot, bars
+from benchmarks import bars, mosaic, step_table
 from pallas_kernels.gpu import KNOWN
-from qlora_jax.adapters.init import init_lora
+from qlora_jax.adapters.spec import make_spec
+from qlora_jax.memory import aot
+from qlora_jax.memory.compiled import Step, compiled_gradients, step_memory
+from qlora_jax.memory.shapes import adapter_shapes, nbytes
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.families import linear_shapes, weight_shapes
+from qlora_jax.models.families import linear_shapes, module_shapes, weight_shapes
+from qlora_jax.optim.memory import PAGES_IN_FLIGHT
+from qlora_jax.optim.pages import page_count
 from qlora_jax.quantization.policy import QuantizationConfig
-from qlora_jax.quantization.tensor import quantize
-from qlora_jax.train.step import gradients
-from qlora_jax.weight_names import LAYERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled_steps.json"
-MODELS = {"Llama-3.1-8B": ROOT / "configs" / "shapes" / "llama3.1-8b" / "config.json"}
+SHAPES = {"Llama-3.1-8B": "llama3.1-8b", "Llama-3-70B": "llama3-70b"}
+MODELS = {name: ROOT / "configs/shapes" / folder / "config.json" for name, folder in SHAPES.items()}
 RANK = 16
+MOMENTS = 2  # of AdamW: as many bytes each as the adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of `length` tokens, r = 16 on all linears, and where things live."""
+
+    gpu: str
+    model: str
+    length: int
+    stream_weights: str = "off"
+    remat: str = "full"
+
+
+PLACEMENTS = ("off", "full"), ("on", "full"), ("on", "offload"), ("all", "offload")
+
+
+def all_cases() -> list[Case]:
+    """What the table shows: all placements on one GPU, and on the others what they are for."""
+    sizes = ("Llama-3.1-8B", (512, 2048, 4096)), ("Llama-3-70B", (1024, 4096))
+    cases = [
+        Case("rtx4090", model, length, *placement)
+        for model, lengths in sizes
+        for length in lengths
+        for placement in PLACEMENTS
+    ]
+    others = [gpu for gpu in KNOWN if gpu != "rtx4090"]
+    for gpu in others:
+        cases += [Case(gpu, "Llama-3.1-8B", 2048), Case(gpu, "Llama-3-70B", 4096)]
+    return cases
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--subset", action="store_true", help="only GPUs that have a bar")
-    parser.add_argument("--gpu", choices=KNOWN, help="this GPU alone; nothing is written")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens of the one row")
+    parser.add_argument("--subset", action="store_true", help="only cases that have a bar")
+    parser.add_argument("--markdown", action="store_true", help="compile nothing, print the table")
+    parser.add_argument("--model", choices=MODELS, help="one case; nothing is written")
+    parser.add_argument("--gpu", choices=KNOWN, default="rtx4090", help="with --model")
+    parser.add_argument("--seq-len", type=int, default=2048, help="with --model")
+    parser.add_argument("--stream-weights", default="off", help="with --model")
+    parser.add_argument("--remat", default="full", help="with --model")
     parser.add_argument("--buffers", type=int, default=0, help="print the largest temporaries")
     args = parser.parse_args()
-    gpus = [args.gpu] if args.gpu else list(bars.STEP_TEMPORARIES if args.subset else KNOWN)
-    tasks = [(gpu, name, args.seq_len, args.buffers) for gpu in gpus for name in MODELS]
-    spawn = multiprocessing.get_context("spawn")
-    # A process of its own for each GPU, as in compile_gpu; it takes 1 GB.
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
-        entries, failures = zip(*pool.map(compile_step, tasks), strict=True)
-    print("Compiled, not run; bytes of the gradients of one micro batch.")
-    for entry in entries:
-        sizes = ", ".join(f"{key} {entry[key] / 1e9:.3f} GB" for key in SIZES)
-        print(f"{entry['gpu']:8} {entry['model']} at {entry['seq_len']} tokens: {sizes}")
-    if not (args.subset or args.gpu):
+    if args.markdown:
+        print(step_table.markdown(json.loads(RESULTS.read_text())))
+        return
+    cases = [
+        case for case in all_cases() if not args.subset or bars.of_step(*dataclasses.astuple(case))
+    ]
+    if args.model:
+        where = args.stream_weights, args.remat
+        cases = [Case(args.gpu, args.model, args.seq_len, *where)]
+    entries, failures = compile_all(cases, args.buffers)
+    print("Compiled, not run: a step's peak, AdamW's state in host memory.")
+    print(*map(step_table.line, entries), sep="\n")
+    if not (args.subset or args.model):
         RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
-    if failures := [*itertools.chain(*failures), *bars.missed_by_steps(entries)]:
+    if failures := [*failures, *bars.missed_by_steps(entries)]:
         print("\nFAILED", *failures, sep="\n", file=sys.stderr)
         sys.exit(1)
 
 
-SIZES = ("argument_bytes", "temp_bytes", "host_bytes")
+def compile_all(cases: list[Case], buffers: int) -> tuple[list[dict], list[str]]:
+    """(entries of compiled_steps.json, failures); a process for each case, as in compile_gpu."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
+        found = pool.map(compile_step, cases, itertools.repeat(buffers))
+        entries, failures = zip(*found, strict=True)
+    return list(entries), list(itertools.chain(*failures))
 
 
-def compile_step(task: tuple[str, str, int, int]) -> tuple[dict, list[str]]:
-    """(entry of compiled_steps.json, failures) of one GPU, model and number of tokens."""
-    gpu, name, length, buffers = task
+def compile_step(case: Case, buffers: int) -> tuple[dict, list[str]]:
+    """(entry of compiled_steps.json, failures) of one case."""
     aot.load_plugin()  # before the model's code asks jax for its devices
-    config = ModelConfig.from_dict(json.loads(MODELS[name].read_text()), str(MODELS[name]))
-    model = jax.eval_shape(lambda: empty_model(config))
-    spec, params = adapter_shapes(model)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    batch = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), ids)
-
-    def step(params, model, batch):
-        return gradients(params, model, batch, spec=spec, remat="full")
-
-    with aot.dumped() as folder:
-        compiled = aot.lower(KNOWN[gpu], step, params, model, batch).compile()
-        kernels = aot.dumps(folder, ".ptxas")
-        spills = [size for path in kernels if (size := aot.spilled(path.read_text()))]
-    memory = compiled.memory_analysis()
+    step = step_of(case)
+    with mosaic.dumped() as folder:
+        compiled = compiled_gradients(KNOWN[case.gpu], step)
+        kernels = mosaic.dumps(folder, ".ptxas")
+        spills = [size for path in kernels if (size := mosaic.spilled(path.read_text()))]
+    state = MOMENTS * nbytes(adapter_shapes(step.spec, step.config))
+    pages = PAGES_IN_FLIGHT * state // page_count(step.config.num_hidden_layers, state)
+    sizes = aot.sizes(compiled)
+    memory = step_memory(sizes, step, pages=pages, host_state=state)
     entry = {
-        "gpu": gpu,
-        "model": name,
-        "seq_len": length,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "host_bytes": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        "gpu": case.gpu,
+        "model": case.model,
+        "seq_len": case.length,
+        "stream_weights": case.stream_weights,
+        "remat": case.remat,
+        "device_bytes": memory.device,
+        "host_bytes": memory.host,
+        "argument_bytes": sizes.argument,
+        "output_bytes": sizes.output,
+        "temp_bytes": sizes.temp,
     }
     text = compiled.as_text()
     print(*largest_results(text, buffers), sep="\n", end="\n" if buffers else "")
-    failures = [f"{gpu}: a kernel of the step spills {size} bytes" for size in spills]
-    failures += [f"{gpu}: {line}" for line in dense_copies(text, config)]
+    name = bars.step_name(entry)
+    failures = [f"{name}: a kernel of the step spills {size} bytes" for size in spills]
+    failures += [f"{name}: {line}" for line in dense_copies(text, step.config)]
     if not kernels:
-        failures.append(f"{gpu}: no kernel of ours is in the step")
+        failures.append(f"{name}: no kernel of ours is in the step")
     return entry, failures
 
 
-def empty_model(config: ModelConfig) -> Decoder:
-    """The decoder, NF4 and double-quantized, out of zeros; for jax.eval_shape alone."""
-    how, weights = QuantizationConfig(), {}
-    for name, shape in weight_shapes(config).items():
-        lead = (config.num_hidden_layers,) if name.startswith(LAYERS) else ()
-        weight = jnp.zeros((*lead, *shape), jnp.bfloat16)
-        weights[name] = jax.vmap(quantize)(weight) if how.covers(name) else weight
-    return Decoder.from_weights(config, weights)
-
-
-def adapter_shapes(model: Decoder):
-    """(spec, params as shapes) of an adapter on all linears."""
-    found = []
-
-    def params():
-        lora = init_lora(model, key=jax.random.key(0), r=RANK, alpha=RANK)
-        found.append(lora.spec)
-        return lora.params
-
-    shapes = jax.eval_shape(params)
-    return found[0], shapes
+def step_of(case: Case) -> Step:
+    """The case as the compiler is asked for it."""
+    path = MODELS[case.model]
+    config = ModelConfig.from_dict(json.loads(path.read_text()), str(path))
+    return Step(
+        config,
+        make_spec(module_shapes(config), config.num_hidden_layers, r=RANK, alpha=RANK),
+        QuantizationConfig(),
+        rows=1,
+        length=case.length,
+        stream_weights=case.stream_weights,
+        remat=case.remat,
+    )
 
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.M | re.S)

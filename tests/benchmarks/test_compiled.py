@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import aot, bars, compile_gpu, compile_steps
+from benchmarks import bars, compile_gpu, compile_steps, step_table
 from pallas_kernels.gpu import KNOWN
 from pallas_kernels.nf4_matmul.cases import CASES
 from qlora_jax.models.config import ModelConfig
@@ -99,11 +99,31 @@ def test_the_time_is_that_of_the_backend_that_is_asked_first():
     assert len(bars.missed([slow])) == 1
 
 
-def test_a_step_that_takes_too_much_memory_is_named():
-    step = dict.fromkeys(bars.STEP_KEYS, 0) | {"gpu": "rtx4090", "model": "Llama-3.1-8B"}
-    assert bars.missed_by_steps([step | {"temp_bytes": 1_540_000_000}]) == []
-    (line,) = bars.missed_by_steps([step | {"temp_bytes": 1_540_000_001}])
-    assert "1540000001 bytes temporary, not 1540000000" in line
+def step(**changes):
+    """The entry of a case that has bars, and reaches them but for `changes`."""
+    case = "rtx4090", "Llama-3.1-8B", 2048, "off", "full"
+    entry = dict.fromkeys(bars.STEP_KEYS, 0) | dict(zip(bars.STEP_KEYS, case, strict=False))
+    return entry | {"temp_bytes": 1_540_000_000, "device_bytes": 8_000_000_000} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"temp_bytes": 1_540_000_001}, "1540000001 temp_bytes, not 1540000000"),
+        ({"device_bytes": 8_000_000_001}, "8000000001 device_bytes, not 8000000000"),
+    ],
+)
+def test_a_step_that_takes_too_much_memory_is_named(changes, text):
+    assert bars.missed_by_steps([step()]) == []
+    assert bars.missed_by_steps([step(**changes)]) == [
+        f"rtx4090 Llama-3.1-8B 1x2048 off full: {text}"
+    ]
+    assert bars.missed_by_steps([step(gpu="h100", **changes)]) == []
+
+
+def test_every_bar_of_a_step_has_a_case():
+    cases = {(c.model, c.length, c.stream_weights, c.remat): c for c in compile_steps.all_cases()}
+    assert bars.STEPS.keys() <= cases.keys()
 
 
 HLO = """
@@ -147,16 +167,14 @@ def test_the_shape_is_that_of_llama():
     assert total == 8_030_261_248  # the parameters of the public model
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_gpu_is_described_for_xla(name):
-    text, target = aot.description(KNOWN[name]), KNOWN[name]
-    assert f"core_count: {target.sms}\n" in text
-    assert f"shared_memory_per_block_optin: {target.shared_bytes}\n" in text
-    assert "major: {} minor: {}".format(*target.capability) in text
-    assert ("ACCELERATED" in text) == (target.capability >= (9, 0))
-
-
-def test_without_its_packages_the_tool_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(aot, "TOOLS", tmp_path)
-    with pytest.raises(RuntimeError, match="make compile-gpu"):
-        aot.load_plugin.__wrapped__()
+def test_the_table_has_a_row_for_each_model_and_length():
+    entries = [
+        step(stream_weights=stream, remat=remat, seq_len=length, host_bytes=length * 10**6)
+        for length in (512, 4096)
+        for stream, remat in step_table.PLACEMENTS
+    ]
+    table = step_table.markdown([*entries, step(gpu="h100")]).splitlines()
+    assert len(table) == 4
+    assert table[3] == (
+        "| Llama-3.1-8B, 1 x 4096 | 8.0 GB | 8.0 GB | 8.0 GB | 8.0 GB | 4.1 to 4.1 GB |"
+    )
