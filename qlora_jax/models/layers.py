@@ -81,22 +81,33 @@ def forward(layer, remat, carry, weights, params, others, shared):
         args = carry, weights, *own(stack, i), shared
         carry, pullback = vjp(layer, args)
         leaves, tree = jax.tree.flatten(pullback)
-        form[:] = [tree]
-        return apart(carry), leaves
+        form[:] = [Pullback(leaves, tree)]
+        return apart(carry), form[0].kept(leaves)
 
-    carry, kept = forward_loop(one, remat, carry, stack)
-    return carry, (Pullback(form[0]), kept, stack)
+    carry, kept, last = forward_loop(one, remat, carry, stack)
+    return carry, (form[0], kept, last, stack)
 
 
 @jax.tree_util.register_static
 class Pullback:
-    """The structure of a layer's vjp function, as a static part of the residuals."""
+    """A layer's vjp function without what it keeps: a static part of the residuals.
 
-    def __init__(self, tree: Any):
+    Constants of the program, such as a causal mask, are the same for all layers and stay here.
+    """
+
+    def __init__(self, leaves: list, tree: Any):
+        self.constants = [None if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
         self.tree = tree
 
-    def of(self, leaves: list, weights: Any, params: Any, others: Any, shared: Any) -> Callable:
+    def kept(self, leaves: list) -> list:
+        """Those of the vjp function's leaves that differ between layers."""
+        pairs = zip(leaves, self.constants, strict=True)
+        return [leaf for leaf, constant in pairs if constant is None]
+
+    def of(self, kept: list, weights: Any, params: Any, others: Any, shared: Any) -> Callable:
         """The function, from what was kept and what was not."""
+        kept = iter(kept)
+        leaves = [next(kept) if constant is None else constant for constant in self.constants]
         pullback = jax.tree.unflatten(self.tree, leaves)
         pullback.args_res = [pullback.args_res[0], weights, params, others, shared]
         return pullback
@@ -110,34 +121,40 @@ def vjp(layer: Layer, args: tuple) -> tuple[Any, Any]:
 
 def backward(layer, remat, residuals, gradient):
     """Gradients of what entered the first layer, and of the trained leaves, written in place."""
-    pullback, kept, stack = residuals
-    last = depth(stack) - 1
+    pullback, kept, here, stack = residuals
+    over = stack.weights, kept if remat == "offload" else None
 
-    def one(gradient, grads, weights, i):
-        leaves = fetched(at(kept, i))
+    def one(gradient, grads, here, i):
+        weights, leaves = here
+        leaves = at(kept, i) if leaves is None else leaves
         back = pullback.of(leaves, weights, *own(stack, i), stack.shared)
         gradient, _, mine, _, _ = back(apart(gradient))
         gradient, mine = apart((gradient, mine))
         return gradient, put(grads, mine, i)
 
     def body(state, _):
-        j, gradient, grads, weights = state
-        ahead = fetched(at(stack.weights, j))
-        gradient, grads = one(gradient, grads, weights, j + 1)
+        j, gradient, grads, here = state
+        ahead = fetched(at(over, j))
+        gradient, grads = one(gradient, grads, here, j + 1)
         return (j - 1, gradient, grads, ahead), None
 
     grads = jax.tree.map(jnp.zeros_like, stack.params)
-    state = jnp.int32(last - 1), gradient, grads, fetched(at(stack.weights, last))
-    (_, gradient, grads, weights), _ = jax.lax.scan(body, state, length=last)
-    gradient, grads = one(gradient, grads, weights, 0)
+    turns = depth(stack) - 1
+    state = jnp.int32(turns - 1), gradient, grads, here
+    (_, gradient, grads, here), _ = jax.lax.scan(body, state, length=turns)
+    gradient, grads = one(gradient, grads, here, 0)
     return gradient, None, grads, None, None
 
 
 fetching.defvjp(forward, backward)
 
 
-def forward_loop(one: Callable, remat: str, carry: Any, stack: Stack) -> tuple[Any, Any]:
-    """(the last carry, what `one(carry, weights, i)` kept of each layer, stacked).
+def forward_loop(one: Callable, remat: str, carry: Any, stack: Stack) -> tuple[Any, Any, Any]:
+    """The last carry, and for the backward pass what is kept, and what it begins with.
+
+    What `one(carry, weights, i)` kept of each layer is stacked. The last layer's weights stay on
+    the device until the backward pass, as what it kept does with `offload`: outside a loop XLA
+    reads and writes host memory with a kernel, and it would come back at once.
 
     A while loop that counts from 1: the index of the copy must be the loop's own counter. A scan
     that counts from 0 and fetches i + 1 shares that sum with the counter's increment, which waits
@@ -145,25 +162,46 @@ def forward_loop(one: Callable, remat: str, carry: Any, stack: Stack) -> tuple[A
     index is out of range, where copies are not clamped as slices are.
     """
     count = depth(stack)
-    first = fetched(at(stack.weights, 0))
+    first = fetched_first(stack.weights)
     shapes = jax.eval_shape(one, carry, first, jnp.int32(0))[1]
     kept = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
-    if remat == "offload":
-        kept = kept_in_host(kept)
+    hosted = kept_in_host if remat == "offload" else lambda tree: tree
 
     def body(state):
         j, carry, weights, kept = state
         ahead = fetched(at(stack.weights, j))
         carry, mine = one(carry, weights, j - 1)
-        return j + 1, carry, ahead, stored(kept, mine, j - 1)
+        return j + 1, carry, ahead, put(kept, hosted(mine), j - 1)
 
-    def stored(kept, mine, i):
-        return put(kept, kept_in_host(mine) if remat == "offload" else mine, i)
-
-    state = jnp.int32(1), carry, first, kept
+    state = jnp.int32(1), carry, first, hosted(kept)
     _, carry, weights, kept = jax.lax.while_loop(lambda state: state[0] < count, body, state)
     carry, mine = one(carry, weights, count - 1)
-    return carry, stored(kept, mine, count - 1)
+    if remat == "offload":
+        return carry, kept, (weights, mine)
+    return carry, put(kept, mine, count - 1), (weights, None)
+
+
+def fetched_first(tree: Any) -> Any:
+    """Entry 0 of every leaf, on the device.
+
+    In two halves: XLA copies a slice only inside a loop, and unrolls a loop of one turn. A number
+    a layer has no halves; all of them are copied.
+    """
+
+    def is_halved(leaf):
+        return in_host(leaf) and leaf.ndim > 1 and leaf.shape[1] % 2 == 0
+
+    def halves(leaf):
+        return leaf.reshape(2 * len(leaf), leaf.shape[1] // 2, *leaf.shape[2:])
+
+    leaves, form = jax.tree.flatten(tree)
+    long = [halves(leaf) for leaf in leaves if is_halved(leaf)]
+    _, both = jax.lax.scan(lambda j, _: (j + 1, fetched(at(long, j))), jnp.int32(0), length=2)
+    both = iter(both)
+    return form.unflatten(
+        next(both).reshape(leaf.shape[1:]) if is_halved(leaf) else at(fetched(leaf), 0)
+        for leaf in leaves
+    )
 
 
 def depth(stack: Stack) -> int:
