@@ -41,7 +41,7 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.embed_tokens = nnx.Variable(weights[EMBEDDINGS])
         layers = {k.removeprefix(LAYERS): w for k, w in weights.items() if k.startswith(LAYERS)}
-        self.layers = Block(config, layers)
+        self.layers = Block(config, layers) if layers else None  # None: layerwise.py has them
         norm = weights[NORM]
         self.norm = RMSNorm(norm, config.rms_norm_eps, config.family.norm_offset)
         head = weights.get(HEAD)
@@ -74,6 +74,8 @@ class Decoder(nnx.Module):
         """Every weight by its stacked name, as `from_weights` takes them; no copies."""
         found: dict[str, Array | QuantizedTensor] = {}
         for name in weight_shapes(self.config):
+            if name.startswith(LAYERS) and self.layers is None:
+                continue
             node = self
             for part in name.removeprefix("model.").removesuffix(".weight").split("."):
                 node = getattr(node, part)
@@ -200,7 +202,11 @@ class Decoder(nnx.Module):
             for rope in (config.rope, config.local_rope)
         )
         layers = config.num_hidden_layers
-        params = {} if adapter is None else transposed_B(adapter)
+        params = (
+            {} if adapter is None else {name: adapter.params[name] for name in adapter.spec.targets}
+        )
+        if adapter is not None and not in_host(self.layers):
+            params = transposed_B(adapter)
         scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
         others = Others(jnp.arange(layers), kinds(config, room), scales, keys)
