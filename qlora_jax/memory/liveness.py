@@ -72,23 +72,38 @@ class Operation(NamedTuple):
 
     name: str
     equation: Any
+    scoped: bool
     operands: list[Value]
     results: list[Value]
 
 
-def peak_bytes(program: core.ClosedJaxpr, spaces: Iterable[Space]) -> int:
+class Peak(NamedTuple):
+    """The most bytes at once.
+
+    Attributes:
+      nbytes: all of them.
+      scoped: those of them that are made in the name scope that was asked for.
+    """
+
+    nbytes: int
+    scoped: int
+
+
+def peak_bytes(program: core.ClosedJaxpr, spaces: Iterable[Space], scope: str = "") -> Peak:
     """The most bytes that a program holds at once, beside its arguments and its results.
 
     Args:
       program: as `jax.make_jaxpr` gives it.
       spaces: one of a GPU's memories; both for a CPU, where they are one.
+      scope: of `jax.named_scope`, whose part is told.
     """
-    return most(program.jaxpr, frozenset(spaces), returned_counts=False)
+    simulation = Simulation(program.jaxpr, frozenset(spaces), scope)
+    return simulation.run(returned_counts=False)
 
 
-def most(jaxpr: core.Jaxpr, spaces: frozenset[Space], *, returned_counts: bool = True) -> int:
-    """`peak_bytes` of a jaxpr; of one that is a loop's body, its results count."""
-    return Simulation(jaxpr, spaces).run(returned_counts)
+def most(jaxpr: core.Jaxpr, spaces: frozenset[Space]) -> int:
+    """`peak_bytes` of a loop's body, whose results count."""
+    return Simulation(jaxpr, spaces).run(returned_counts=True).nbytes
 
 
 def value(variable: Any, *, given: bool = False) -> Value:
@@ -100,24 +115,29 @@ def value(variable: Any, *, given: bool = False) -> Value:
 
 
 def inlined(
-    jaxpr: core.Jaxpr, arguments: Iterable[Value], operations: list[Operation]
+    jaxpr: core.Jaxpr,
+    arguments: Iterable[Value],
+    operations: list[Operation],
+    scope: str = "",
+    within: bool = False,
 ) -> Iterator[Value | None]:
     """The results, behind the operations of a jaxpr and of all that it calls."""
     known = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
     for equation in jaxpr.eqns:
         operands = [known.get(v) for v in equation.invars if not isinstance(v, core.Literal)]
         called = None if equation.primitive.name in OPAQUE else called_by(equation)
+        scoped = within or bool(scope and scope in str(equation.source_info.name_stack))
         if called is None:
             results = [value(v) for v in equation.outvars]
             name = equation.primitive.name
-            operations.append(Operation(name, equation, operands, results))
+            operations.append(Operation(name, equation, scoped, operands, results))
         else:
             places = [
                 value(v, given=True) if isinstance(v, core.Literal) else known[v]
                 for v in equation.invars[len(equation.invars) - len(called.invars) :]
             ]
             constants = [value(v, given=True) for v in called.constvars]
-            results = inlined(called, [*constants, *places], operations)
+            results = inlined(called, [*constants, *places], operations, scope, scoped)
         known |= dict(zip(equation.outvars, results, strict=True))
     for variable in jaxpr.outvars:
         yield None if isinstance(variable, core.Literal) else known[variable]
@@ -145,16 +165,18 @@ class Simulation:
     Args:
       jaxpr: the program.
       spaces: the memories that are counted.
+      scope: see `peak_bytes`.
     """
 
-    def __init__(self, jaxpr: core.Jaxpr, spaces: frozenset[Space]):
+    def __init__(self, jaxpr: core.Jaxpr, spaces: frozenset[Space], scope: str = ""):
         self.arguments = [value(v, given=True) for v in (*jaxpr.constvars, *jaxpr.invars)]
         operations: list[Operation] = []
-        results = list(inlined(jaxpr, self.arguments, operations))
+        results = list(inlined(jaxpr, self.arguments, operations, scope))
         self.spaces, self.count = spaces, len(jaxpr.invars)
         self.alias: dict[Value, Value] = {}
+        self.renamed = RENAMED if len(spaces) == 1 else RENAMED | {"device_put"}
         for operation in operations:
-            if operation.name in RENAMED:
+            if operation.name in self.renamed:
                 pairs = zip(operation.results, operation.operands, strict=False)
                 self.alias |= {result: self.of(operand) for result, operand in pairs}
         self.returned = {self.of(result) for result in results if result is not None}
@@ -171,7 +193,7 @@ class Simulation:
         """What a result depends on, operands by the array that they are in."""
         wanted, kept = set(self.returned), []
         for operation in reversed(operations):
-            if operation.name not in RENAMED and wanted.intersection(operation.results):
+            if operation.name not in self.renamed and wanted.intersection(operation.results):
                 operands = [self.of(operand) for operand in operation.operands]
                 wanted.update(operands)
                 kept.append(operation._replace(operands=operands))
@@ -254,33 +276,39 @@ class Simulation:
                     ready.append(reader)
         return [steps[i] for i in ready]
 
-    def run(self, returned_counts: bool) -> int:
-        """The most bytes at once."""
-        order = self.in_order() if len(self.spaces) == 1 else self.breadth_first()
-        last = {v: time for time, step in enumerate(order) for v in step.reads}
-        last |= dict.fromkeys(self.returned, len(order))
-        live: set[Value] = set()
-        held = highest = 0
-        for time, (operation, values) in enumerate(order):
-            dying = [v for v in values if last[v] == time and v in live]
+    def run(self, returned_counts: bool) -> Peak:
+        """The most bytes at once; `returned_counts`: the results' memory is among them."""
+        steps = self.in_order() if len(self.spaces) == 1 else self.breadth_first()
+        last = {v: time for time, step in enumerate(steps) for v in step.reads}
+        last |= dict.fromkeys(self.returned, len(steps))
+        live: dict[Value, bool] = {}  # and whether it is of the scope
+        held, peak = 0, Peak(0, 0)
+        for time, (operation, reads) in enumerate(steps):
+            dying = [v for v in reads if last[v] == time and v in live]
             for result in operation.results:
-                if result.given or result not in self.written or result.space not in self.spaces:
-                    continue
-                if result in self.returned and not returned_counts:
+                if not self.counts(result, returned_counts):
                     continue
                 if operation.name in ELEMENTWISE | UPDATES | LOOPS:
                     place = next((v for v in dying if v.fits(result)), None)
                     if place is not None:
                         dying.remove(place)
-                        live.remove(place)
                         held -= place.nbytes
-                live.add(result)
+                        del live[place]
+                live[result] = operation.scoped
                 held += result.nbytes
-            highest = max(highest, held + inside(operation, self.spaces))
-            ended = {v for v in live if last.get(v, time) <= time}
-            live -= ended
-            held -= sum(v.nbytes for v in ended)
-        return highest
+            within = inside(operation, self.spaces)
+            if held + within > peak.nbytes:
+                scoped = sum(v.nbytes for v, of_scope in live.items() if of_scope)
+                peak = Peak(held + within, scoped + within * operation.scoped)
+            for ended in [v for v in live if last.get(v, time) <= time]:
+                held -= ended.nbytes
+                del live[ended]
+        return peak
+
+    def counts(self, result: Value, returned_counts: bool) -> bool:
+        """Whether a result takes memory that is counted."""
+        taken = result in self.written and result.space in self.spaces and not result.given
+        return taken and (returned_counts or result not in self.returned)
 
 
 def inside(operation: Operation, spaces: frozenset[Space]) -> int:
@@ -312,4 +340,4 @@ def of_body(jaxpr: core.Jaxpr, fixed: int, spaces: frozenset[Space]) -> int:
     """`most` of a loop's body, and what is hoisted from it: made of its first `fixed` operands."""
     simulation = Simulation(jaxpr, spaces)
     before = simulation.hoisted(fixed)
-    return simulation.run(returned_counts=True) + before
+    return simulation.run(returned_counts=True).nbytes + before

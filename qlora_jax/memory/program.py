@@ -1,0 +1,138 @@
+"""A step's gradients as a traced program, by shapes alone, and what each layer of it keeps."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from pallas_kernels import gpu
+from pallas_kernels.gpu import Gpu
+from pallas_kernels.nf4_matmul import preferred_layout
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.spec import LoraSpec
+from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, model_shapes, nbytes
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layers import vjp
+from qlora_jax.models.remat import again
+from qlora_jax.placement import HOST
+from qlora_jax.quantization.policy import QuantizationConfig
+from qlora_jax.train.step import gradients
+from qlora_jax.weight_names import is_streamed
+
+
+@dataclasses.dataclass(frozen=True)
+class Micro:
+    """What a micro batch's gradients are taken of.
+
+    Attributes:
+      shape: of the model.
+      spec: of the adapter.
+      quantization: of the base; None for a dense one.
+      dtype: of activations and of dense weights.
+      rows, length: of the batch.
+      target: the GPU that it is for; None for this machine's device.
+    """
+
+    shape: ModelConfig
+    spec: LoraSpec
+    quantization: QuantizationConfig | None
+    dtype: str
+    rows: int
+    length: int
+    target: Gpu | None
+
+    @property
+    def tokens(self) -> int:
+        """Of the batch."""
+        return self.rows * self.length
+
+    @property
+    def input_bytes(self) -> int:
+        """Of one layer's input."""
+        return self.tokens * self.shape.hidden_size * jnp.dtype(self.dtype).itemsize
+
+
+@contextlib.contextmanager
+def built_for(target: Gpu | None) -> Iterator[None]:
+    """Within it programs are traced for the target."""
+    if target is None:
+        yield
+        return
+    with gpu.pretend(target, interpret=False):
+        yield
+
+
+def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any]:
+    """(adapter, model, batch, dropout's key or None) as shapes, streamed weights in host memory."""
+    layout = preferred_layout()
+    model = model_shapes(micro.shape, micro.quantization, micro.dtype, layout)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=HOST)
+
+    def on_host(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+
+    weights = {
+        name: jax.tree.map(on_host, weight) if is_streamed(name, stream_weights) else weight
+        for name, weight in model.weights().items()
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0)) if micro.spec.lora_dropout else None
+    return (
+        adapter_shapes(micro.spec, micro.shape),
+        Decoder.from_weights(micro.shape, weights, micro.dtype),
+        batch_shapes(micro.rows, micro.length),
+        key,
+    )
+
+
+def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
+    """The gradients of train/step.py; nothing is compiled or allocated.
+
+    Args:
+      stream_weights: off, on or all.
+      remat: one of models.remat.POLICIES.
+    """
+
+    # Not the jitted function itself, whose cache does not know for which GPU it was traced.
+    def program(params, model, batch, key):
+        whole = functools.partial(gradients.__wrapped__, spec=micro.spec, remat=remat)
+        return whole(params, model, batch, dropout_key=key)
+
+    with built_for(micro.target):
+        return jax.make_jaxpr(program)(*arguments(micro, stream_weights))
+
+
+def kept_bytes(micro: Micro, remat: str) -> int:
+    """What one layer keeps for the backward pass, in device memory or, offloaded, in host's."""
+    if remat in ("full", "offload"):
+        return micro.input_bytes
+
+    def layer_vjp(params, model, batch, key):
+        adapter = Adapter(params, micro.spec)
+        places = batch["positions"], batch["segment_ids"]
+        layer, stack = model.stacked(*places, adapter, None, key)
+        x = jnp.zeros((micro.rows, micro.length, micro.shape.hidden_size), micro.dtype)
+        first = jax.tree.map(lambda leaf: leaf[0], stack[:3])
+        _, pullback = vjp(again(layer, remat), ((x, None), *first, stack.shared))
+        # A constant, such as the causal mask, is the same for all layers.
+        return [leaf for leaf in jax.tree.leaves(pullback) if isinstance(leaf, jax.core.Tracer)]
+
+    with built_for(micro.target):
+        return nbytes(jax.eval_shape(layer_vjp, *arguments(micro, "off")))
+
+
+def operations(program: Any) -> int:
+    """How many operations a program has, those of its loops and calls included."""
+    jaxpr = getattr(program, "jaxpr", program)
+    total = len(jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for parameter in equation.params.values():
+            parts = parameter if isinstance(parameter, tuple | list) else (parameter,)
+            inner = (getattr(part, "jaxpr", part) for part in parts)
+            total += sum(operations(part) for part in inner if hasattr(part, "eqns"))
+    return total
