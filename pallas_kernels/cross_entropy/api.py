@@ -1,4 +1,4 @@
-"""The public call: the loss of a frozen head by chunks of tokens, with its gradient in one pass."""
+"""The public call: the loss by chunks of tokens, or by blocks of a head that is not at hand."""
 
 import functools
 import math
@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
+from pallas_kernels.cross_entropy.by_blocks import by_blocks
+from pallas_kernels.cross_entropy.head_blocks import Head, in_host
+from pallas_kernels.cross_entropy.sums import CrossEntropy as CrossEntropy
+from pallas_kernels.nf4_matmul.weight import Weight
 
 CPU_CHUNK = 64  # tokens whose logits exist at one time: 64 x 49,152 float32 are 13 MB
 CPU_PIECE = 4096  # a product over a whole vocabulary runs at half speed on a CPU (docs/log.md)
@@ -27,16 +31,9 @@ class Sizes(NamedTuple):
     piece: int | None
 
 
-class CrossEntropy(NamedTuple):
-    """Sums over the counted targets, float32 scalars."""
-
-    loss: Float[Array, ""]  # of -log p(label), in nats
-    right: Float[Array, ""]  # targets whose logit is the largest
-
-
 def cross_entropy(
     x: Float[Array, "T D"],
-    head: Float[Array, "V D"],
+    head: Head,
     labels: Int[Array, " T"],
     *,
     softcap: float | None = None,
@@ -46,26 +43,40 @@ def cross_entropy(
 
         logits = x head^T, or softcap * tanh(x head^T / softcap)
 
-    The gradient with respect to x is known as soon as the logits are: differentiating computes
-    both in one pass over chunks of tokens, keeps dx, and never computes the logits again. A head
-    that is trained gets its gradient in the same pass, (V, D) float32. Log-sum-exp and the sums are
-    float32; products run in x's dtype.
+    A dense head in device memory is used whole, for chunks of tokens. The gradient with respect to
+    x is known as soon as the logits are: differentiating computes both in one pass, keeps dx, and
+    never computes the logits again. A head that is trained gets its gradient in the same pass,
+    (V, D) float32.
+
+    A head that is 4-bit (a Weight), or in host memory, is read once, by blocks of the vocabulary:
+    two or three of them are in device memory at a time, and one of these dense (by_blocks.py).
+    The gradient comes of the same single pass.
+
+    Log-sum-exp and the sums are float32; products run in x's dtype.
 
     Args:
       x: (T, D) hidden states in the compute dtype.
-      head: (V, D) in the same dtype.
-      labels: (T,) int32; negative labels (-100) count neither in the loss nor in the gradient.
+      head: (V, D), in x's dtype; in host memory it may have another, which is rounded to x's.
+      labels: (T,) int32; negative labels (-100) count neither in the loss nor in the gradient. With
+        a label that is no row of the head the loss is NaN.
       softcap: the largest logit that can be; None for no bound.
       train_head: the head has a gradient; otherwise it is frozen.
 
     Raises:
-      ValueError: x and head differ in width or dtype.
+      ValueError: x and head differ in width or dtype, or a head to train is not dense in device
+        memory.
     """
-    if x.shape[1] != head.shape[1] or x.dtype != head.dtype:
+    apart = isinstance(head, Weight) or in_host(head)
+    if x.shape[1] != head.shape[1] or not (apart or x.dtype == head.dtype):
+        what = "4-bit" if isinstance(head, Weight) else head.dtype
         raise ValueError(
-            f"cross_entropy: x is {x.dtype} {x.shape}, head is {head.dtype} {head.shape}; "
+            f"cross_entropy: x is {x.dtype} {x.shape}, head is {what} {head.shape}; "
             "the widths and dtypes must be equal"
         )
+    if apart and train_head:
+        raise ValueError("cross_entropy: a head to train must be dense and in device memory")
+    if apart:
+        return by_blocks(x, head, labels, softcap)
     return chunked(x, head, labels, softcap, train_head)
 
 

@@ -5,12 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cross_entropy import CrossEntropy, cross_entropy
+from pallas_kernels.nf4_matmul.weight import Weight, stored
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.linear import stored_as
+from qlora_jax.placement import in_host
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 Batch = Mapping[str, Array]
@@ -80,16 +84,21 @@ def sums_of(
 ) -> tuple[CrossEntropy, Int[Array, ""]]:
     """`token_sums` from the states behind the final norm on."""
     targets = next_labels(labels)
-    head = model.head(adapter)
-    dense = head.dequantize(model.dtype) if isinstance(head, QuantizedTensor) else head
     sums = cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
-        dense.astype(hidden.dtype),
+        as_loss_reads(model.head(adapter), hidden.dtype),
         targets.reshape(-1),
         softcap=model.config.logit_softcap,
         train_head=adapter is not None and "lm_head" in adapter.params,
     )
     return sums, (targets >= 0).sum().astype(jnp.int32)
+
+
+def as_loss_reads(head: Array | QuantizedTensor, dtype: DTypeLike) -> Array | Weight:
+    """The head in the activations' dtype, unless the loss makes that of it block by block."""
+    if isinstance(head, QuantizedTensor):
+        return stored(head.codes, head.absmax, **stored_as(head))
+    return head if in_host(head) else head.astype(dtype)
 
 
 def next_labels(labels: Int[Array, "B S"]) -> Int[Array, "B S"]:
