@@ -17,7 +17,7 @@ from qlora_jax.models.families import module_shapes, weight_shapes
 from qlora_jax.models.layers import Stack, run_layers
 from qlora_jax.models.linear import matmul
 from qlora_jax.models.norms import RMSNorm
-from qlora_jax.models.one_layer import OneLayer, Others, Shared, kinds, transposed_B
+from qlora_jax.models.one_layer import OneLayer, Others, Shared, kinds, layer_params
 from qlora_jax.models.rope import rotation
 from qlora_jax.placement import fetched, in_host
 from qlora_jax.quantization.tensor import QuantizedTensor
@@ -202,11 +202,7 @@ class Decoder(nnx.Module):
             for rope in (config.rope, config.local_rope)
         )
         layers = config.num_hidden_layers
-        params = (
-            {} if adapter is None else {name: adapter.params[name] for name in adapter.spec.targets}
-        )
-        if adapter is not None and not in_host(self.layers):
-            params = transposed_B(adapter)
+        params = layer_params(adapter, streamed=in_host(self.layers))
         scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
         others = Others(jnp.arange(layers), kinds(config, room), scales, keys)

@@ -13,6 +13,7 @@ from qlora_jax.models.attention import Context
 from qlora_jax.models.block import Block
 from qlora_jax.models.cache import KVCache
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.layers import apart
 from qlora_jax.models.linear import Branch, Branches
 from qlora_jax.models.scores import Scores
 
@@ -100,19 +101,30 @@ def of_layer(shared: Shared, kind: Kinds, scores: Scores) -> Context:
 
 
 def branches(params: Any, scales: Any, dropout: float, key: Array | None) -> Branches:
-    """One layer's part of an adapter, by the name of the linear that it belongs to."""
+    """One layer's part of an adapter, by the name of the linear that it belongs to.
+
+    A B that is not transposed already is transposed here, apart from the products: XLA on a CPU
+    would make the two one product in float32.
+    """
     branches = {}
     for index, (name, pair) in enumerate(sorted(params.items())):
         own = None if key is None else jax.random.fold_in(key, index)
         magnitude = pair.get("m")
-        branches[name] = Branch(pair["A"], pair["Bt"], scales[name], dropout, own, magnitude)
+        Bt = pair["Bt"] if "Bt" in pair else apart(pair["B"].T)
+        branches[name] = Branch(pair["A"], Bt, scales[name], dropout, own, magnitude)
     return branches
 
 
-def transposed_B(adapter: Adapter) -> dict[str, dict[str, Array]]:
-    """An adapter as the layers want it, B transposed: one pass over all layers, see lora_delta."""
-    params = {}
-    for name in adapter.spec.targets:
-        own = dict(adapter.params[name])
-        params[name] = own | {"Bt": own.pop("B").swapaxes(1, 2)}
+def layer_params(adapter: Adapter | None, streamed: bool) -> dict[str, dict[str, Array]]:
+    """What the layers take of an adapter: its targets' arrays, by the name of the linear.
+
+    B is transposed to (r, out) for all layers in one pass, see lora_delta. That takes the memory of
+    all B once more and of all their gradients, so where weights are streamed each layer does it.
+    """
+    if adapter is None:
+        return {}
+    params = {name: dict(adapter.params[name]) for name in adapter.spec.targets}
+    if not streamed:
+        for own in params.values():
+            own["Bt"] = own.pop("B").swapaxes(1, 2)
     return params
