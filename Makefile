@@ -101,4 +101,4 @@ $(OLDEST_STAMP): pyproject.toml
 
 test-oldest: $(OLDEST_STAMP)
 	@$(OLDEST_VENV)/bin/python -m pytest --quiet $(addprefix tests/pallas_kernels/test_, \
-	  interpret.py race.py ptx.py layout.py)
+	  interpret.py race.py ptx.py layout.py cross_entropy_by_blocks.py)
