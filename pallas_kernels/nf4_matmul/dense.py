@@ -19,6 +19,8 @@ def product(
     gpu.require()
     dimensions = ((1,), (0 if transposed else 1,)), ((), ())
     accumulated = {"preferred_element_type": jnp.float32}
+    # Not before x is there: XLA would dequantize all matrices of a layer at its beginning.
+    x, w = jax.lax.optimization_barrier((x, w))
     dense = reference.dense(w, x.dtype, backend=None)
     y = jax.lax.dot_general(x, dense, dimensions, **accumulated)
     if low is not None:
