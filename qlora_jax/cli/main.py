@@ -18,6 +18,7 @@ from qlora_jax.errors import FULL, InputError, Note, QloraError, StorageError, l
 COMMANDS = {
     "train": "fine-tune an adapter on a 4-bit model, as a configuration file says",
     "validate": "check a run without its weights: all that is wrong, at once",
+    "plan": "memory and time that a run needs, before it starts; for a GPU that need not be here",
     "data": "show what a run would train on: text, trained tokens, lengths",
     "quantize": "write a model as a 4-bit checkpoint, and what that lost",
     "evaluate": "loss and perplexity of a model, and of adapters beside it",

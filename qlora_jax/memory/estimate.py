@@ -18,7 +18,7 @@ import jax
 
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.memory.choices import Choices
-from qlora_jax.memory.liveness import peak_bytes
+from qlora_jax.memory.liveness import Peak, peak_bytes
 from qlora_jax.memory.program import Micro, kept_bytes, operations, traced
 from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, model_shapes, nbytes
 from qlora_jax.models.config import ModelConfig
@@ -136,8 +136,7 @@ class Estimator:
         resident = min(choices.resident * page, self.state) if paged else self.state
         passing = min(PAGES_IN_FLIGHT * page, self.state - resident)
 
-        program = self.program(stream, policy)
-        peak = peak_bytes(program, [DEVICE] if self.on_gpu else [DEVICE, HOST], LOSS)
+        peak = self.peak(stream, policy)
         kept = self.micro.shape.num_hidden_layers * self.kept(policy)
         offloaded = policy == "offload" and self.on_gpu
         activations = 0 if offloaded else min(kept, peak.nbytes)
@@ -160,7 +159,7 @@ class Estimator:
             "scales": scales,
             "optimizer": self.state - resident,
             "activations": kept if offloaded else 0,
-            "workspace": 0 if self.on_gpu else COMPILED_OPERATION * operations(program),
+            "workspace": 0 if self.on_gpu else self.compiling(stream, policy),
             "process": PROCESS_CUDA if self.on_gpu else PROCESS,
         }
         # Reading is over when the first step begins, which then takes the same memory.
@@ -175,6 +174,15 @@ class Estimator:
             kept=kept if offloaded else 0,
             paged=self.state - resident,
         )
+
+    def peak(self, stream: str, policy: str) -> Peak:
+        """The temporaries on the device, all of them and those of the loss."""
+        spaces = [DEVICE] if self.on_gpu else [DEVICE, HOST]
+        return peak_bytes(self.program(stream, policy), spaces, LOSS)
+
+    def compiling(self, stream: str, policy: str) -> int:
+        """What the compiler keeps, which is this process."""
+        return COMPILED_OPERATION * operations(self.program(stream, policy))
 
     def on_host(self, names: list[str], *, from_disk: bool) -> tuple[int, int]:
         """`weights` of what is streamed; of layers that come from disk a few at a time."""

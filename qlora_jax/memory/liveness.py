@@ -305,6 +305,12 @@ class Simulation:
                 del live[ended]
         return peak
 
+    def carry_in_place(self) -> None:
+        """Of a loop's body: what is written into an array that the turn before left is there."""
+        for operation in self.operations:
+            if operation.name in UPDATES and operation.operands[0].given:
+                operation.results[0].given = True
+
     def counts(self, result: Value, returned_counts: bool) -> bool:
         """Whether a result takes memory that is counted."""
         taken = result in self.written and result.space in self.spaces and not result.given
@@ -340,4 +346,5 @@ def of_body(jaxpr: core.Jaxpr, fixed: int, spaces: frozenset[Space]) -> int:
     """`most` of a loop's body, and what is hoisted from it: made of its first `fixed` operands."""
     simulation = Simulation(jaxpr, spaces)
     before = simulation.hoisted(fixed)
+    simulation.carry_in_place()
     return simulation.run(returned_counts=True).nbytes + before

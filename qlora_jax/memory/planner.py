@@ -7,10 +7,12 @@ leaves open (choices.py) the quickest that fits is taken; the rest of the figure
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints.peft import read_adapter
+from qlora_jax.errors import InputError
 from qlora_jax.memory.bound import Bound, bound
 from qlora_jax.memory.budget import Budget
 from qlora_jax.memory.changes import Change, changes
@@ -63,6 +65,10 @@ class Plan:
     def host_bytes(self) -> int:
         """The most on the host at once."""
         return self.estimate.host_bytes
+
+    def table(self) -> list[str]:
+        """The plan for people, a line each."""
+        return list(lines(self))
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: bytes are whole numbers, seconds are null where they cannot be told."""
@@ -122,6 +128,25 @@ def plan(shape: ModelConfig, config: TrainConfig, budget: Budget) -> Plan:
     )
 
 
+def plan_compiled(shape: ModelConfig, config: TrainConfig, budget: Budget) -> Plan:
+    """`plan`, and then the temporaries of the way that it chose by XLA's own analysis.
+
+    It takes half a minute or more.
+
+    Raises:
+      InputError: AOT-PLUGIN, what compiles for a GPU is not installed; PLAN-COMPILE, no GPU.
+    """
+    from qlora_jax.memory.compiled import compiled_estimate
+
+    if budget.card is None:
+        found = "compiles for a GPU, and none is here or named"
+        raise InputError("PLAN-COMPILE", "--compile", found, "--gpu NAME", "--gpu rtx4090")
+    first = plan(shape, config, budget)
+    found = compiled_estimate(first.micro, first.estimate)
+    fits = budget.holds(found.device_bytes, found.host_bytes)
+    return dataclasses.replace(first, fits=fits, estimate=found, compiled=True)
+
+
 def micro_of(shape: ModelConfig, config: TrainConfig, budget: Budget) -> Micro:
     """The largest micro batch of the run: full rows."""
     return Micro(
@@ -169,3 +194,46 @@ def reasons(config: TrainConfig, choices: Choices, budget: Budget, *, fits: bool
     else:
         open_to = f"auto: the quickest way that fits into {budget.device / 1e9:.1f} GB"
     return {key: open_to if value == "auto" else "asked for" for key, value in asked.items()}
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """`Plan.table`."""
+    estimate, budget = plan.estimate, plan.budget
+    shared = budget.card is None
+    yield f"{'GB':<14} {'device':>9} {'host':>9}"
+    for owner, size in estimate.device.items():
+        if size or estimate.host[owner]:
+            yield f"{owner:<14} {gb(size):>9} {gb(estimate.host[owner]):>9}"
+    yield f"{'in all':<14} {gb(plan.device_bytes):>9} {gb(plan.host_bytes):>9}"
+    host = "" if shared or budget.host is None else gb(budget.host)
+    yield f"{'there is':<14} {gb(budget.device):>9} {host or ('' if shared else 'unknown'):>9}"
+    yield f"device         {budget.name}: {budget.how}"
+    if shared:
+        yield "               device and host are one memory here: both columns share what there is"
+    yield f"temporaries    {'by XLA, compiled' if plan.compiled else 'estimated from the program'}"
+    for key, why in plan.reasons.items():
+        yield f"{key}={getattr(plan.choices, key)} ({why})"
+    if plan.choices.resident:
+        yield f"pages of optimizer state on the device: {plan.choices.resident}"
+    if plan.bound is not None:
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in plan.bound.seconds.items())
+        yield f"step           at least {plan.bound.step_seconds:.3g} s (a bound): {parts}"
+        yield f"bottleneck     {plan.bound.bottleneck}"
+        if plan.bound.hidden_from is not None:
+            needed = f"{plan.bound.hidden_from:,} tokens of a micro batch on"
+            yield f"streaming      hidden behind computing from {needed}; here {plan.micro.tokens:,}"
+    yield from (f"note           {note}" for note in plan.notes)
+    yield "it fits" if plan.fits else "it does not fit. What would help, the cheapest first:"
+    for change in plan.changes:
+        yield f"  {change.change:<34} {saved(change)}: {change.why}"
+
+
+def saved(change: Change) -> str:
+    """`-3.2 GB device, +1.0 GB host`."""
+    sides = ((change.saves_device_bytes, "device"), (change.saves_host_bytes, "host"))
+    return ", ".join(f"{-size / 1e9:+.2f} GB {side}" for size, side in sides if size)
+
+
+def gb(size: int) -> str:
+    """Bytes in GB, 1e9."""
+    return f"{size / 1e9:,.3f}"

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import Gpu
@@ -72,7 +74,9 @@ def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any
     """(adapter, model, batch, dropout's key or None) as shapes, streamed weights in host memory."""
     layout = preferred_layout()
     model = model_shapes(micro.shape, micro.quantization, micro.dtype, layout)
-    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=HOST)
+    # Not of a single device: a traced type would forget the memory.
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    host = NamedSharding(mesh, PartitionSpec(), memory_kind=HOST)
 
     def on_host(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
