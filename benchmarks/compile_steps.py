@@ -7,9 +7,11 @@
     python -m benchmarks.compile_steps --markdown     the table of what was compiled before
 
 The model is known by shape alone: no weight exists. A step is the gradients of one micro batch
-(train/step.py) and AdamW's update, whose state is in host memory (qlora_jax/memory/compiled.py).
+(train/step.py), compiled, and AdamW's update, whose state is in host memory, added as the planner
+adds it (qlora_jax/memory/estimate.py).
 The exit code is 1 when a case takes more memory than its bar, when a program holds a dense weight
-that is larger than one layer's largest matrix, or when one of its kernels spills.
+that is larger than one layer's largest matrix, when streamed layers do not come over while others
+compute (host_copies.py), or when one of its kernels spills.
 """
 
 import argparse
@@ -23,24 +25,26 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import bars, mosaic, step_table
+from benchmarks import bars, host_copies, mosaic, step_table
 from pallas_kernels.gpu import KNOWN
-from qlora_jax.adapters.spec import make_spec
 from qlora_jax.memory import aot
-from qlora_jax.memory.compiled import Step, compiled_gradients, step_memory
-from qlora_jax.memory.shapes import adapter_shapes, nbytes
+from qlora_jax.memory.budget import of_absent
+from qlora_jax.memory.choices import Choices
+from qlora_jax.memory.compiled import compiled_gradients
+from qlora_jax.memory.estimate import Estimator
+from qlora_jax.memory.liveness import Peak
+from qlora_jax.memory.planner import micro_of
+from qlora_jax.memory.shapes import nbytes
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import linear_shapes, module_shapes, weight_shapes
-from qlora_jax.optim.memory import PAGES_IN_FLIGHT
-from qlora_jax.optim.pages import page_count
-from qlora_jax.quantization.policy import QuantizationConfig
+from qlora_jax.models.families import linear_shapes, weight_shapes
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.weight_names import LAYERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled_steps.json"
 SHAPES = {"Llama-3.1-8B": "llama3.1-8b", "Llama-3-70B": "llama3-70b"}
 MODELS = {name: ROOT / "configs/shapes" / folder / "config.json" for name, folder in SHAPES.items()}
 RANK = 16
-MOMENTS = 2  # of AdamW: as many bytes each as the adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,23 +118,22 @@ def compile_all(cases: list[Case], buffers: int) -> tuple[list[dict], list[str]]
 def compile_step(case: Case, buffers: int) -> tuple[dict, list[str]]:
     """(entry of compiled_steps.json, failures) of one case."""
     aot.load_plugin()  # before the model's code asks jax for its devices
-    step = step_of(case)
+    estimator, choices = planned(case)
+    micro = estimator.micro
     with mosaic.dumped() as folder:
-        compiled = compiled_gradients(KNOWN[case.gpu], step)
+        compiled = compiled_gradients(micro, case.stream_weights, case.remat)
         kernels = mosaic.dumps(folder, ".ptxas")
         spills = [size for path in kernels if (size := mosaic.spilled(path.read_text()))]
-    state = MOMENTS * nbytes(adapter_shapes(step.spec, step.config))
-    pages = PAGES_IN_FLIGHT * state // page_count(step.config.num_hidden_layers, state)
     sizes = aot.sizes(compiled)
-    memory = step_memory(sizes, step, pages=pages, host_state=state)
+    estimate = estimator.estimate(choices, Peak(sizes.temp, 0))
     entry = {
         "gpu": case.gpu,
         "model": case.model,
         "seq_len": case.length,
         "stream_weights": case.stream_weights,
         "remat": case.remat,
-        "device_bytes": memory.device,
-        "host_bytes": memory.host,
+        "device_bytes": estimate.device_bytes,
+        "host_bytes": estimate.pinned_bytes,
         "argument_bytes": sizes.argument,
         "output_bytes": sizes.output,
         "temp_bytes": sizes.temp,
@@ -139,25 +142,32 @@ def compile_step(case: Case, buffers: int) -> tuple[dict, list[str]]:
     print(*largest_results(text, buffers), sep="\n", end="\n" if buffers else "")
     name = bars.step_name(entry)
     failures = [f"{name}: a kernel of the step spills {size} bytes" for size in spills]
-    failures += [f"{name}: {line}" for line in dense_copies(text, step.config)]
+    failures += [f"{name}: {line}" for line in dense_copies(text, micro.shape)]
+    if case.stream_weights != "off":
+        failures += [f"{name}: {line}" for line in streamed_wrongly(name, text, estimator)]
     if not kernels:
         failures.append(f"{name}: no kernel of ours is in the step")
     return entry, failures
 
 
-def step_of(case: Case) -> Step:
-    """The case as the compiler is asked for it."""
+def streamed_wrongly(name: str, text: str, estimator: Estimator) -> list[str]:
+    """Why layers do not come from host memory while others compute; prints how they come."""
+    layers = estimator.micro.shape.num_hidden_layers
+    stacked = [weight for key, weight in estimator.model.items() if key.startswith(LAYERS)]
+    found = host_copies.bodies(text)
+    print(f"{name}:", *host_copies.report(found, layers), sep="\n  ", flush=True)
+    return host_copies.faults(found, layers, nbytes(stacked) // layers)
+
+
+def planned(case: Case) -> tuple[Estimator, Choices]:
+    """The case as the planner sees it, the optimizer's state in host memory."""
     path = MODELS[case.model]
-    config = ModelConfig.from_dict(json.loads(path.read_text()), str(path))
-    return Step(
-        config,
-        make_spec(module_shapes(config), config.num_hidden_layers, r=RANK, alpha=RANK),
-        QuantizationConfig(),
-        rows=1,
-        length=case.length,
-        stream_weights=case.stream_weights,
-        remat=case.remat,
+    shape = ModelConfig.from_dict(json.loads(path.read_text()), str(path))
+    config = TrainConfig(
+        lora_r=RANK, batch_size=1, gradient_accumulation_steps=1, max_seq_length=case.length
     )
+    micro = micro_of(shape, config, of_absent(case.gpu))
+    return Estimator(micro, config), Choices(case.stream_weights, case.remat, "host")
 
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.M | re.S)

@@ -1,6 +1,6 @@
 """Compiles a program for a GPU that is not there, and reads how much memory it takes.
 
-    lowered = lower(target, function, params, in_host(target, weights))
+    lowered = lower(KNOWN["rtx4090"], function, params, weights)     shapes, some in host memory
     sizes(lowered.compile(OVERLAP))
 
 XLA takes a description of the GPU in place of the device, so what it says of memory is the
@@ -171,24 +171,24 @@ def meshes(target: Gpu) -> tuple[Mesh, AbstractMesh]:
     )
 
 
-def in_host(target: Gpu, tree: Any) -> Any:
-    """`tree`, of arrays or ShapeDtypeStructs, as shapes in the host memory beside the GPU."""
-    there = HostSharding(meshes(target)[0], PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), tree
-    )
-
-
 def lower(target: Gpu, function: Callable, *shapes: Any, **jit: Any) -> jax.stages.Lowered:
-    """`function` of arrays like `shapes`, lowered for the GPU.
+    """`function` of arrays like `shapes`, lowered for the GPU; its results are on the device.
 
     Args:
-      shapes: trees of ShapeDtypeStruct, on the device but for those of `in_host`.
+      shapes: trees of ShapeDtypeStruct; those whose sharding is of pinned host memory, on whatever
+        device, are in the host's, and all others on the GPU.
       jit: options of `jax.jit`.
     """
     mesh, abstract = meshes(target)
-    here = NamedSharding(mesh, PartitionSpec())
-    where = jax.tree.map(lambda leaf: leaf.sharding or here, shapes)
+    here, there = (kind(mesh, PartitionSpec()) for kind in (NamedSharding, HostSharding))
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        host = leaf.sharding is not None and leaf.sharding.memory_kind == HOST
+        # The types of what is traced say where it is only if the shapes do.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there if host else here)
+
+    shapes = jax.tree.map(placed, shapes)
+    where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     with jax.sharding.use_abstract_mesh(abstract), gpu.pretend(target, interpret=False):
         jitted = jax.jit(function, in_shardings=where, out_shardings=here, **jit)
         return jitted.trace(*shapes).lower(lowering_platforms=("cuda",))

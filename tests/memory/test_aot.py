@@ -1,7 +1,5 @@
 """Compiling for GPUs that are not there: what can be seen without the packages that do it."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.gpu import KNOWN
-from qlora_jax.adapters.spec import make_spec
 from qlora_jax.errors import InputError
 from qlora_jax.memory import aot
 from qlora_jax.memory.aot import HostSharding, Sizes
-from qlora_jax.memory.compiled import Step, step_memory
-from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import module_shapes
-from tests.golden_data import golden_folder
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -86,31 +79,3 @@ def test_a_peak_of_a_program_counts_what_is_donated_once():
     found = Sizes(10, 5, 3, 100, 1000, 200, 200, 7)
     assert found.device == 112
     assert found.host == 1007
-
-
-def step(**changes):
-    path = golden_folder("models/llama") / "config.json"
-    config = ModelConfig.from_dict(json.loads(path.read_text()), str(path))
-    spec = make_spec(module_shapes(config), config.num_hidden_layers, r=2, alpha=2)
-    return Step(config, spec, None, rows=1, length=8, **changes)
-
-
-def params_of(step):
-    shapes = module_shapes(step.config)
-    sides = sum(sum(shapes[name]) for name in step.spec.targets)
-    return 4 * 2 * step.config.num_hidden_layers * sides
-
-
-def test_a_step_is_its_gradients_and_what_is_beside_them():
-    sizes = Sizes(argument=10**9, output=10**6, temp=10**8, host_argument=7)
-    one = step_memory(sizes, step())
-    assert (one.device, one.host) == (sizes.device, 7)
-    several = step_memory(sizes, step(accumulation=4), resident_state=30, host_state=500)
-    assert several.device == sizes.device + params_of(step()) + 30
-    assert several.host == 507
-
-
-def test_an_update_that_is_larger_than_the_gradients_is_the_peak():
-    sizes = Sizes(argument=1000, output=10, temp=10)
-    found = step_memory(sizes, step(), resident_state=30, pages=10**9)
-    assert found.device == 1000 + params_of(step()) + 10**9 + 30
