@@ -100,7 +100,12 @@ class Body:
 
 def layer_loops(found: list[Body], layers: int) -> list[Body]:
     """The loops over layers that take what they need from host memory: forward, backward."""
-    return [body for body in found if body.trips == layers - 1 and body.products]
+    return [
+        body
+        for body in found
+        if body.trips == layers - 1 and body.products
+        if any(copy.entries == layers for copy in body.copies)
+    ]
 
 
 def report(found: list[Body], layers: int) -> list[str]:
