@@ -45,8 +45,12 @@ def of_absent(text: str) -> Budget:
     return Budget(found.name, found.memory, None, found.how, found)
 
 
-def of_here() -> Budget:
-    """The first device here, and what this process may still get of its memory."""
+def of_here(held: int = 0) -> Budget:
+    """The first device here, and what this process may still get of its memory.
+
+    Args:
+      held: bytes on the device that are counted in the plan and there already.
+    """
     room, why = process.available()
     device = jax.local_devices()[0]
     free = free_device_bytes(device)
@@ -54,6 +58,7 @@ def of_here() -> Budget:
         # What the process has already is in the plan too.
         return Budget(device.device_kind, room + process.resident(), None, why, None)
     name = name_of(device.device_kind)
+    free += held
     known = of_gpu(target.gpu, name) if name else Card(device.device_kind, free, "", target.gpu)
     how = f"what XLA may still allocate on it; host: {why}"
     known = dataclasses.replace(known, memory=free, how=how)
