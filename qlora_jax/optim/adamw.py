@@ -16,8 +16,26 @@ from jaxtyping import Array, Int32
 from pallas_kernels.rounding import rounded
 from qlora_jax.optim.pages import layer_count
 
-Pack = Callable[[Array, int, bool], Any]
-Unpack = Callable[[Any, Array, bool], Array]
+
+class Moments(NamedTuple):
+    """How moments are kept between steps; `signed` is true of m and false of v.
+
+    Attributes:
+      zeros: (the leaf, layers of the tree, signed) -> what is kept before the first step.
+      pack: (float32 as the leaf, layers of the tree, signed) -> what is kept.
+      unpack: (what is kept, the leaf, signed) -> float32 as the leaf.
+    """
+
+    zeros: Callable[[Array, int, bool], Any]
+    pack: Callable[[Array, int, bool], Any]
+    unpack: Callable[[Any, Array, bool], Array]
+
+
+IN_32_BITS = Moments(
+    zeros=lambda leaf, layers, signed: jnp.zeros_like(leaf),
+    pack=lambda moment, layers, signed: moment,
+    unpack=lambda kept, leaf, signed: kept,
+)
 
 
 class AdamWState(NamedTuple):
@@ -33,11 +51,6 @@ class AdamWState(NamedTuple):
     v: Any
 
 
-def as_it_is(moment: Array, layers: int, signed: bool) -> Array:
-    """A moment in 32 bits."""
-    return moment
-
-
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -45,8 +58,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    pack: Pack = as_it_is,
-    unpack: Unpack = lambda kept, like, signed: kept,
+    moments: Moments = IN_32_BITS,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay.
 
@@ -55,8 +67,7 @@ def adamw(
 
     Args:
       learning_rate: a number, or a schedule of the steps done before, which begins with 0.
-      pack: how a moment is kept: (float32 as the leaf, layers of the tree, signed) -> anything.
-      unpack: `pack` undone: (what was kept, an array as the leaf, signed) -> float32.
+      moments: how they are kept; a step uses them before they are packed.
 
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101. After 20 steps parameters of size 4 are at
     most 2.4e-7, one unit in their last place, from torch's and bitsandbytes' AdamW; those of
@@ -67,7 +78,7 @@ def adamw(
         layers = layer_count(params)
 
         def zeros(signed):
-            return jax.tree.map(lambda p: pack(jnp.zeros_like(p), layers, signed), params)
+            return jax.tree.map(lambda p: moments.zeros(p, layers, signed), params)
 
         return AdamWState(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
 
@@ -89,11 +100,12 @@ def adamw(
         )
         found = []
         for p, g, kept_m, kept_v in rows:
-            m = rounded(b1 * unpack(kept_m, p, True)) + rounded((1 - b1) * g)
-            v = rounded(b2 * unpack(kept_v, p, False)) + rounded((1 - b2) * g * g)
+            m = rounded(b1 * moments.unpack(kept_m, p, True)) + rounded((1 - b1) * g)
+            v = rounded(b2 * moments.unpack(kept_v, p, False)) + rounded((1 - b2) * g * g)
             new = rounded(decay * p) - rounded(step * (m / (rounded(shrink * jnp.sqrt(v)) + eps)))
             # Unless p and new are far apart, their difference is exact, and p + (new - p) is new.
-            found.append((new - p, pack(m, layers, True), pack(v, layers, False)))
+            kept = moments.pack(m, layers, True), moments.pack(v, layers, False)
+            found.append((new - p, *kept))
         updates, m, v = (structure.unflatten(column) for column in zip(*found, strict=True))
         return updates, AdamWState(count, m, v)
 

@@ -7,8 +7,10 @@ leaf, which is a whole tensor in PyTorch, so they are bitsandbytes' blocks; and 
 whole layers, the numbers do not depend on where the state lives.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from pallas_kernels.codebooks import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from pallas_kernels.quantize.dynamic import dynamic_code_of
-from qlora_jax.optim.adamw import adamw
+from qlora_jax.optim.adamw import Moments, adamw
 
 BLOCK = 256
 SMALLEST = 4096  # numbers of a layer's part of a leaf; smaller ones stay in 32 bits
@@ -61,9 +63,19 @@ def adamw8bit(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
-        pack=packed,
-        unpack=unpacked,
+        moments=Moments(zeros, packed, unpacked),
     )
+
+
+def zeros(
+    leaf: Float32[Array, "rows *rest"], layers: int, signed: bool
+) -> Moment8 | Float32[Array, "rows *rest"]:
+    """`packed` of zeros, said and not computed: XLA would do it while it compiles, for seconds."""
+    blocks = jax.eval_shape(functools.partial(in_blocks, layers=layers), leaf)
+    if blocks is None:
+        return jnp.zeros_like(leaf)
+    codes = jnp.full(blocks.shape, code_of_zero(signed), jnp.uint8)
+    return Moment8(codes, jnp.zeros(blocks.shape[:2], jnp.float32))
 
 
 def packed(
@@ -74,10 +86,9 @@ def packed(
     if blocks is None:
         return moment
     absmax = jnp.abs(blocks).max(axis=-1)
-    table = table_of(signed)
-    codes = dynamic_code_of(blocks / jnp.maximum(absmax, TINY)[..., None], table)
-    zero = np.uint8(np.flatnonzero(table == 0)[0])
-    return Moment8(jnp.where(blocks == 0, zero, codes), absmax)
+    scaled = blocks / jnp.maximum(absmax, TINY)[..., None]
+    codes = dynamic_code_of(scaled, table_of(signed))
+    return Moment8(jnp.where(blocks == 0, code_of_zero(signed), codes), absmax)
 
 
 def unpacked(
@@ -111,3 +122,8 @@ def in_blocks(
 def table_of(signed: bool) -> np.ndarray:
     """The dynamic map of 256 float32 values: signed for m, unsigned for v."""
     return DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED
+
+
+def code_of_zero(signed: bool) -> np.uint8:
+    """The code whose value is 0."""
+    return np.uint8(np.flatnonzero(table_of(signed) == 0)[0])

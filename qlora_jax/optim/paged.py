@@ -261,6 +261,33 @@ class Paged:
         self.seconds_moved += time.perf_counter() - start
 
 
+def choose_paged(
+    tx: optax.GradientTransformation,
+    params: Params,
+    requested: str,
+    *,
+    elementwise: bool,
+    contracts: bool,
+    reserved_bytes: int = 0,
+) -> tuple[Paged, str]:
+    """`Paged` for `optim_memory: requested`, and why its state is where it is."""
+    choice = choose_memory(
+        requested,
+        state_bytes=state_bytes(tx, params),
+        pages=pages_of(tx, params),
+        reserved_bytes=reserved_bytes,
+        elementwise=elementwise,
+    )
+    optimizer = Paged(
+        tx,
+        memory=choice.memory,
+        resident=choice.resident,
+        elementwise=elementwise,
+        contracts=contracts,
+    )
+    return optimizer, choice.reason
+
+
 def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
     """Bytes of `tx`'s state for parameters of these shapes; nothing is allocated."""
     return nbytes(jax.eval_shape(tx.init, params))

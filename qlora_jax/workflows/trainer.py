@@ -25,8 +25,7 @@ from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
-from qlora_jax.optim.memory import choose_memory
-from qlora_jax.optim.paged import Paged, pages_of, state_bytes
+from qlora_jax.optim.paged import Paged, choose_paged
 from qlora_jax.optim.paged_adamw import ADAMW
 from qlora_jax.optim.schedules import schedule
 from qlora_jax.placement import to_device, total_device_bytes
@@ -160,20 +159,13 @@ class Trainer:
                 b2=config.adam_beta2,
                 weight_decay=config.weight_decay,
             )
-        choice = choose_memory(
-            config.optim_memory,
-            state_bytes=state_bytes(transform, self.lora.params),
-            pages=pages_of(transform, self.lora.params),
-            elementwise=ours or elementwise,
-        )
-        optimizer = Paged(
+        return choose_paged(
             transform,
-            memory=choice.memory,
-            resident=choice.resident,
+            self.lora.params,
+            config.optim_memory,
             elementwise=ours or elementwise,
             contracts=not ours,
         )
-        return optimizer, choice.reason
 
     def fit(self, resume: str | Path | None = None) -> Run:
         """Runs to the end, or on from a checkpoint: `auto` for the newest, or its folder.

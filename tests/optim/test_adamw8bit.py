@@ -86,6 +86,8 @@ def test_zeros_are_zeros_from_the_start():
     params = {"w": jnp.ones((2, SIZE))}
     state = tx.init(params)
     for kept, signed in ((state.m["w"], True), (state.v["w"], False)):
+        again = packed(jnp.zeros((2, SIZE)), 2, signed)
+        jax.tree.map(np.testing.assert_array_equal, kept, again)
         np.testing.assert_array_equal(unpacked(kept, params["w"], signed), np.zeros((2, SIZE)))
 
 
