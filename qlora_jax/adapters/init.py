@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +100,17 @@ def init_adapter(model: Adaptable, spec: LoraSpec, key: Array) -> Adapter:
         }
         if spec.use_dora:
             weight = model.weights()[f"{LAYERS}{name}.weight"]
-            norms = jnp.sqrt(jax.lax.map(row_squares, weight))
+            norms = jnp.sqrt(squares_of_layers(weight))
             params[name]["m"] = jnp.where(ranks[:, None] > 0, norms, 0)
     return Adapter(params, spec)
+
+
+def squares_of_layers(weight: Any) -> Float[Array, "L out"]:
+    """`row_squares` of every layer; those that are not in memory are read one at a time."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(weight)):
+        return jax.lax.map(row_squares, weight)
+    layers, squares = jax.tree.leaves(weight)[0].shape[0], jax.jit(row_squares)
+    return jnp.stack([squares(weight[i]) for i in range(layers)])
 
 
 def saved_weight(weights: Mapping[str, Array | QuantizedTensor], name: str) -> Float[Array, "V D"]:

@@ -257,9 +257,7 @@ def read_packed(
         on_read(name)
     key, scales = ("absmax", absmax) if first.offset is None else ("nested_absmax", nested)
     for name, values, state in zip(names, scales, states, strict=True):
-        with np.errstate(over="ignore"):  # the largest scale that the offset leaves
-            largest = np.abs(values) + np.float32(abs(state.offset or 0.0))
-        check_finite(largest.reshape(-1), str(source.path), f"{name}.{key}")
+        check_scales(values, state, str(source.path), f"{name}.{key}")
     if first.offset is not None:
         offsets = np.array([state.offset for state in states], np.float32)
         absmax = DoubleQuantized(absmax, nested, offsets)
@@ -272,6 +270,17 @@ def read_packed(
         kind=first.kind,
         layout="bnb",
     )
+
+
+def check_scales(values: np.ndarray, state: QuantState, where: str, name: str) -> None:
+    """Refuses float32 scales of which one is not finite, or would not be behind the offset.
+
+    Raises:
+      InputError: W-FINITE with the name and the first index.
+    """
+    with np.errstate(over="ignore"):  # the largest scale that the offset leaves
+        largest = np.abs(values) + np.float32(abs(state.offset or 0.0))
+    check_finite(largest.reshape(-1), where, name)
 
 
 def state_of(tensor: QuantizedTensor) -> QuantState:

@@ -13,6 +13,8 @@ from qlora_jax.data.loader import Loader
 from qlora_jax.data.packing import empty_rows
 from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layerwise import LayerwiseDecoder
+from qlora_jax.train import pipeline
 from qlora_jax.train.loss import loss_fn
 
 batch_loss = jax.jit(loss_fn, static_argnames="spec")
@@ -34,7 +36,7 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: Decoder,
+    model: Decoder | LayerwiseDecoder,
     data: Dataset | np.ndarray,
     *,
     adapter: Adapter | None = None,
@@ -67,9 +69,10 @@ def perplexity(
         data = checked_windows(data, model.config.vocab_size)
         batches, in_all = window_batches(data, batch_size), math.ceil(len(data) / batch_size)
     params, spec = ({}, None) if adapter is None else (adapter.params, adapter.spec)
+    loss_of = pipeline.loss_fn if isinstance(model, LayerwiseDecoder) else batch_loss
     total, targets = 0.0, 0
     for number, batch in enumerate(batches, 1):
-        loss, count = batch_loss(params, model, batch, spec=spec)
+        loss, count = loss_of(params, model, batch, spec=spec)
         if not math.isfinite(loss):
             raise NonFinite("EVAL-NAN", f"batch {number}", f"the loss is {float(loss)}", "finite")
         total, targets = total + float(loss), targets + int(count)

@@ -2,17 +2,20 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layerwise import LayerwiseDecoder
+from qlora_jax.models.stored import StoredArray
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 PIECE = 1 << 16  # bytes hashed at the start, in the middle and at the end of every array
 
 
-def fingerprint(model: Decoder) -> str:
+def fingerprint(model: Decoder | LayerwiseDecoder) -> str:
     """SHA-256 over every weight's name, shape and dtype and pieces of its bytes, in hex.
 
     Of stacked layers the first and the last are looked at, and three pieces of each array, so that
@@ -23,15 +26,20 @@ def fingerprint(model: Decoder) -> str:
     for name, weight in sorted(model.weights().items()):
         for array in arrays(weight):
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
-            flat = array.reshape(-1)
             count = max(1, PIECE // array.dtype.itemsize)
-            middle = flat.size // 2
-            for piece in (flat[:count], flat[middle : middle + count], flat[-count:]):
-                digest.update(np.asarray(piece).tobytes())
+            for start in (0, array.size // 2, max(0, array.size - count)):
+                digest.update(piece(array, start, min(start + count, array.size)).tobytes())
     return digest.hexdigest()
 
 
-def arrays(weight: jax.Array | QuantizedTensor) -> Iterator[jax.Array]:
+def piece(array: jax.Array | np.ndarray | StoredArray, start: int, stop: int) -> np.ndarray:
+    """The entries [start, stop) of an array that is flattened."""
+    if isinstance(array, StoredArray):
+        return array.flat(start, stop)
+    return np.asarray(array.reshape(-1)[start:stop])
+
+
+def arrays(weight: Any) -> Iterator[Any]:
     """A dense weight itself; of a 4-bit one codes and scales, first and last layer."""
     if not isinstance(weight, QuantizedTensor):
         yield weight

@@ -32,7 +32,7 @@ class StoredArray:
 
     def flat(self, start: int, stop: int) -> np.ndarray:
         """The entries [start, stop) of the flattened array; only their layers are read."""
-        each = self.size // self.shape[0]
+        each = math.prod(self.shape[1:])
         first, last = start // each, -(-stop // each)
         layers = np.concatenate([self[layer].reshape(-1) for layer in range(first, last)])
         return layers[start - first * each : stop - first * each]

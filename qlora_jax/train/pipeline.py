@@ -127,6 +127,7 @@ def enter(
 
 
 def entered(params, ends, batch, key, spec):
+    """`enter`, inside a program."""
     ids, segments = jnp.asarray(batch["input_ids"]), batch.get("segment_ids")
     if (positions := batch.get("positions")) is None:
         positions = default_positions(ids, None if segments is None else segments > 0, None)
@@ -150,6 +151,7 @@ def layer_forward(
 
 
 def through(layer, x, block, stack, params, others):
+    """x behind one layer, without a cache."""
     return layer((x, None), block, params, others, stack.shared)[0]
 
 

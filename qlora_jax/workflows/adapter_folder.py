@@ -17,6 +17,7 @@ from qlora_jax.errors import ConfigMismatch, InputError, listed
 from qlora_jax.models import Decoder, ModelConfig
 from qlora_jax.models.families import module_shapes
 from qlora_jax.models.fingerprint import fingerprint
+from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def save_adapter(
     path: str | Path,
     adapter: Adapter,
-    model: Decoder,
+    model: Decoder | LayerwiseDecoder,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     base_model_name: str | None = None,
@@ -61,7 +62,9 @@ def save_adapter(
     )
 
 
-def load_adapter(path: str | Path, model: Decoder, *, any_base: bool = False) -> Adapter:
+def load_adapter(
+    path: str | Path, model: Decoder | LayerwiseDecoder, *, any_base: bool = False
+) -> Adapter:
     """The adapter in a PEFT folder, refused when it says that it was trained on another base.
 
     Args:
@@ -112,7 +115,7 @@ def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     return adapter
 
 
-def base_facts(model: Decoder) -> dict[str, Any]:
+def base_facts(model: Decoder | LayerwiseDecoder) -> dict[str, Any]:
     """What qlora_jax.json says about the base."""
     packed = [w for w in model.weights().values() if isinstance(w, QuantizedTensor)]
     facts: dict[str, Any] = {"base": fingerprint(model), "dtype": model.dtype}

@@ -16,6 +16,7 @@ from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.models import Decoder
 from qlora_jax.models.attention import explain as explain_attention
+from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.models.linear import stored_as
 from qlora_jax.quantization.tensor import QuantizedTensor
 
@@ -49,7 +50,7 @@ def rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
         yield "attention", attention(trainer)
 
 
-def described(model: Decoder) -> str:
+def described(model: Decoder | LayerwiseDecoder) -> str:
     """Family, layers, parameters, and bytes and bits per parameter as loaded."""
     count, nbytes = size(model)
     kinds = {w.kind for w in model.weights().values() if isinstance(w, QuantizedTensor)}
@@ -61,7 +62,7 @@ def described(model: Decoder) -> str:
     )
 
 
-def size(model: Decoder) -> tuple[int, int]:
+def size(model: Decoder | LayerwiseDecoder) -> tuple[int, int]:
     """(parameters, bytes) of a model as it is loaded."""
     count = nbytes = 0
     for weight in model.weights().values():
@@ -73,7 +74,7 @@ def size(model: Decoder) -> tuple[int, int]:
     return count, nbytes
 
 
-def adapted(model: Decoder, lora: Adapter) -> str:
+def adapted(model: Decoder | LayerwiseDecoder, lora: Adapter) -> str:
     """Parameters, share of the base, ranks and the effective scale."""
     spec, count = lora.spec, lora.num_parameters
     ranks = sorted({rank for name in spec.targets for rank in spec.ranks(name) if rank})
@@ -117,7 +118,7 @@ def devices() -> str:
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
 
 
-def backend(model: Decoder, tokens: int) -> str:
+def backend(model: Decoder | LayerwiseDecoder, tokens: int) -> str:
     """Which kernel reads the 4-bit weights, and why not the others."""
     packed = [w for w in model.weights().values() if isinstance(w, QuantizedTensor)]
     if not packed:

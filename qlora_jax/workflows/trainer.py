@@ -25,10 +25,12 @@ from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
+from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.optim.paged import Paged, choose_paged
 from qlora_jax.optim.paged_adamw import ADAMW
 from qlora_jax.optim.schedules import schedule
 from qlora_jax.placement import to_device, total_device_bytes
+from qlora_jax.train import pipeline
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss_scale import LossScale
 from qlora_jax.train.step import accumulate, finish, gradients
@@ -92,7 +94,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | LayerwiseDecoder,
         lora: Adapter,
         data: Dataset | Iterable[Any],
         config: TrainConfig,
@@ -124,7 +126,9 @@ class Trainer:
         self.learning_rate = schedule(
             config.lr_scheduler, config.learning_rate, self.total_steps, config.warmup_ratio
         )
-        self.remat, self.remat_reason = choose_remat(config.gradient_checkpointing)
+        layerwise = isinstance(model, LayerwiseDecoder)
+        self.gradients = pipeline.gradients if layerwise else gradients
+        self.remat, self.remat_reason = choose_remat(config.gradient_checkpointing, layerwise)
         self.optimizer, self.memory_reason = self.choose_optimizer(optimizer, elementwise)
         self.key = jax.random.key(config.seed)
 
@@ -241,7 +245,7 @@ class Trainer:
             key = None
             if spec.lora_dropout:
                 key = jax.random.fold_in(jax.random.fold_in(self.key, counters.step), number)
-            new = gradients(
+            new = self.gradients(
                 state.params,
                 self.model,
                 self.batches.inputs(batch),
@@ -367,10 +371,12 @@ class Trainer:
         return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
 
 
-def choose_remat(asked: str) -> tuple[str, str]:
+def choose_remat(asked: str, layerwise: bool) -> tuple[str, str]:
     """`full` or `none` for `gradient_checkpointing`, and why."""
     if asked != "auto":
         return asked, "asked for"
+    if layerwise:
+        return "full", "auto: of a layer that comes from disk no more than its input is kept"
     if total_device_bytes() is None:
         return "none", "auto: memory of this device is the host's, and speed counts"
     return "full", "auto: a layer's input is kept and the layer computed again, to save GPU memory"

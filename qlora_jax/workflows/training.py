@@ -21,9 +21,11 @@ from qlora_jax.data.load import load_dataset
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
+from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.workflows.adapter_folder import load_adapter
+from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load_model, open_source
 from qlora_jax.workflows.run_folder import refuse_used
 from qlora_jax.workflows.trainer import Trainer
@@ -61,9 +63,13 @@ def open_run(
         tokenizer = open_tokenizer(config, source, shape)
         data, eval_data, read = open_data(config, tokenizer)
         spec = spec_of(config, shape) if config.adapter is None else None
-        model = load_model(
-            source, quantization=quantization_of(config), dtype=config.dtype, progress=progress
-        )
+        quantization = quantization_of(config)
+        if config.stream_weights == "disk":
+            model = open_from_disk(source, quantization, config.dtype)
+        else:
+            model = load_model(
+                source, quantization=quantization, dtype=config.dtype, progress=progress
+            )
     lora = begin(config, model, spec)
     return Trainer(
         model, lora, data, config, tokenizer, eval_data=eval_data, say=say, notes=notes + read
@@ -131,7 +137,7 @@ def open_data(
     return data, None, []
 
 
-def begin(config: TrainConfig, model: Decoder, spec: LoraSpec | None) -> Adapter:
+def begin(config: TrainConfig, model: Decoder | LayerwiseDecoder, spec: LoraSpec | None) -> Adapter:
     """A new adapter of this spec; without one, the adapter that the run goes on from."""
     if spec is not None:
         return init_adapter(model, spec, jax.random.key(config.seed))
