@@ -30,9 +30,8 @@ from pallas_kernels.gpu import KNOWN
 from qlora_jax.memory import aot
 from qlora_jax.memory.budget import of_absent
 from qlora_jax.memory.choices import Choices
-from qlora_jax.memory.compiled import compiled_gradients
+from qlora_jax.memory.compiled import compiled_gradients, with_sizes
 from qlora_jax.memory.estimate import Estimator
-from qlora_jax.memory.liveness import Peak
 from qlora_jax.memory.planner import micro_of
 from qlora_jax.memory.shapes import nbytes
 from qlora_jax.models.config import ModelConfig
@@ -125,7 +124,7 @@ def compile_step(case: Case, buffers: int) -> tuple[dict, list[str]]:
         kernels = mosaic.dumps(folder, ".ptxas")
         spills = [size for path in kernels if (size := mosaic.spilled(path.read_text()))]
     sizes = aot.sizes(compiled)
-    estimate = estimator.estimate(choices, Peak(sizes.temp, 0))
+    estimate = with_sizes(estimator.estimate(choices), micro, sizes)
     entry = {
         "gpu": case.gpu,
         "model": case.model,

@@ -7,13 +7,17 @@ pages of it that pass through. Not counted are CUDA's context and its libraries'
 gpus.py takes off a GPU's size, and evaluation, which keeps no gradients.
 """
 
+import dataclasses
 import functools
 
 import jax
 
 from qlora_jax.memory import aot
+from qlora_jax.memory.estimate import Estimate, memory_of
 from qlora_jax.memory.program import Micro, arguments, built_for
-from qlora_jax.train.step import gradients
+from qlora_jax.memory.shapes import batch_shapes, nbytes
+from qlora_jax.placement import OVERLAP
+from qlora_jax.train.step import micro_gradients
 
 
 def compiled_gradients(micro: Micro, stream_weights: str, remat: str) -> jax.stages.Compiled:
@@ -29,7 +33,7 @@ def compiled_gradients(micro: Micro, stream_weights: str, remat: str) -> jax.sta
     """
 
     def program(params, model, batch, key):
-        whole = functools.partial(gradients, spec=micro.spec, remat=remat)
+        whole = functools.partial(micro_gradients, spec=micro.spec, remat=remat)
         return whole(params, model, batch, dropout_key=key)
 
     aot.load_plugin()  # before anything asks jax for its devices
@@ -37,4 +41,28 @@ def compiled_gradients(micro: Micro, stream_weights: str, remat: str) -> jax.sta
         shapes = arguments(micro, stream_weights)
     copies = stream_weights != "off" or remat == "offload"
     lowered = aot.lower(micro.target, program, *shapes)
-    return lowered.compile(aot.OVERLAP if copies else None)
+    return lowered.compile(OVERLAP if copies else None)
+
+
+def compiled_estimate(micro: Micro, estimate: Estimate) -> Estimate:
+    """`estimate` with the temporaries of the program that XLA makes of its choices.
+
+    Raises:
+      InputError: AOT-PLUGIN.
+    """
+    stream, policy = memory_of(estimate.choices), estimate.choices.gradient_checkpointing
+    return with_sizes(estimate, micro, aot.sizes(compiled_gradients(micro, stream, policy)))
+
+
+def with_sizes(estimate: Estimate, micro: Micro, sizes: aot.Sizes) -> Estimate:
+    """`estimate` with XLA's temporaries, on the device and in host memory, instead of its own.
+
+    What of them are layer inputs and what the loss takes stays as estimated; the rest is workspace.
+    """
+    device, host, left = dict(estimate.device), dict(estimate.host), sizes.temp
+    for owner in ("activations", "loss"):
+        device[owner] = min(device[owner], left)
+        left -= device[owner]
+    device["workspace"] = left + nbytes(batch_shapes(micro.rows, micro.length))
+    host["activations"] = sizes.host_temp
+    return dataclasses.replace(estimate, device=device, host=host)
