@@ -1,7 +1,7 @@
 """Compiles a program for a GPU that is not there, and reads how much memory it takes.
 
     lowered = lower(KNOWN["rtx4090"], function, params, weights)     shapes, some in host memory
-    sizes(lowered.compile(OVERLAP))
+    sizes(lowered.compile())
 
 XLA takes a description of the GPU in place of the device, so what it says of memory is the
 compiler's own figure. No time can be read this way: nothing is run. Needs jax's CUDA plugin, ptxas
@@ -31,10 +31,6 @@ from qlora_jax.placement import HOST
 PLUGIN = "jax_cuda13_plugin"
 # Where pip puts ptxas and nvdisasm.
 TOOLS = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
-
-# Without it XLA waits for each copy from host memory where it starts. Only for programs with such
-# copies: it takes 10% more temporaries of a step that has none (8B at 2048 tokens).
-OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 # The fields that XLA's GpuTargetConfigProto wants. It uses them as limits, and in its cost model.
 DESCRIPTION = """gpu_device_info {{
