@@ -16,9 +16,11 @@ import jax
 import numpy as np
 
 from qlora_jax.adapters.init import init_lora
+from qlora_jax.models.remat import POLICIES
 from qlora_jax.optim.paged_adamw import paged_adamw
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.step import finish, gradients
+from qlora_jax.weight_names import STREAMED
 from qlora_jax.workflows.open import load_model, open_source
 
 WARM_UP = 2
@@ -27,9 +29,14 @@ WARM_UP = 2
 def main() -> None:
     args = arguments()
     with open_source(args.model) as source:
-        model = load_model(source, quantization=QuantizationConfig(), dtype=args.dtype)
+        model = load_model(
+            source,
+            quantization=QuantizationConfig(),
+            dtype=args.dtype,
+            stream_weights=args.stream_weights,
+        )
     lora = init_lora(model, r=args.rank, alpha=args.rank, key=jax.random.key(0))
-    optimizer = paged_adamw(2e-4)
+    optimizer = paged_adamw(2e-4, memory=args.optim_memory)
     params, state = lora.params, optimizer.init(lora.params)
     batch = fixed_batch(args.batch, args.seq_len, model.config.vocab_size)
 
@@ -57,6 +64,9 @@ def main() -> None:
         "batch": args.batch,
         "seq_len": args.seq_len,
         "rank": args.rank,
+        "remat": args.remat,
+        "stream_weights": args.stream_weights,
+        "optim_memory": args.optim_memory,
         "steps": args.steps,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -86,7 +96,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, on all linears")
-    parser.add_argument("--remat", default="none", choices=("none", "full"))
+    parser.add_argument("--remat", default="none", choices=POLICIES)
+    parser.add_argument("--stream-weights", default="off", choices=STREAMED)
+    parser.add_argument("--optim-memory", default="device", choices=("host", "device"))
     parser.add_argument("--steps", type=int, default=5, help="timed steps, at least 5")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, the last")
     return parser.parse_args()

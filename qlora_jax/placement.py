@@ -15,6 +15,10 @@ from qlora_jax.errors import InputError
 DEVICE = "device"
 HOST = "pinned_host"
 
+# How a GPU's program that copies from host memory is compiled: without it XLA waits for each copy
+# where it starts.
+OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
 
 def memory_kind(array: jax.Array) -> str:
     """The kind of memory that `array` lives in: `device` or `pinned_host`."""
@@ -96,6 +100,11 @@ def free_device_bytes(device: jax.Device | None = None) -> int | None:
     """What JAX may still allocate on `device`, in bytes; None where the backend does not say."""
     limit, used = memory_stat(device, "bytes_limit"), memory_stat(device, "bytes_in_use")
     return None if limit is None or used is None else max(0, limit - used)
+
+
+def used_device_bytes(device: jax.Device | None = None) -> int | None:
+    """What is allocated on `device` now, in bytes; None where the backend does not say."""
+    return memory_stat(device, "bytes_in_use")
 
 
 def peak_device_bytes(device: jax.Device | None = None) -> int | None:

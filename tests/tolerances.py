@@ -90,3 +90,7 @@ GGUF_DELTA_ATOL = 1e-7
 # cross_entropy by blocks: dx, norm over norm, against float32 of the same numbers. Exponentials
 # and the result are rounded to 8 bits (2^-9 at most, 1.6e-3 in the mean square) or to 11.
 BLOCKS_GRADIENT_RTOL = {"bfloat16": 3e-3, "float16": 4e-4}
+
+# Temporaries of a step on a CPU, by the traced program against XLA's own figure: what XLA loses
+# between arrays of different sizes is not simulated.
+PLANNED_TEMPORARIES = 0.1

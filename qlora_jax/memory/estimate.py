@@ -20,7 +20,7 @@ from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.memory.choices import Choices
 from qlora_jax.memory.liveness import Peak, peak_bytes
 from qlora_jax.memory.program import Micro, kept_bytes, operations, traced
-from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, model_shapes, nbytes
+from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, nbytes, weights_of
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import weight_shapes
 from qlora_jax.optim.memory import PAGES_IN_FLIGHT
@@ -28,7 +28,6 @@ from qlora_jax.optim.paged import pages_of, state_bytes
 from qlora_jax.optim.paged_adamw import ADAMW
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.train.config import TrainConfig
-from qlora_jax.train.for_model import quantization_of
 from qlora_jax.train.loss import LOSS
 from qlora_jax.weight_names import is_streamed
 
@@ -44,6 +43,8 @@ PROCESS, PROCESS_CUDA = 200_000_000, 1_500_000_000
 # What XLA's compiler keeps for each traced operation: 0.21 to 0.26 MB in programs of 1,100 to 2,300
 # operations on a CPU (docs/log.md).
 COMPILED_OPERATION = 240_000
+IN_FLIGHT = 2  # layers whose weights are on the device: one computing, one coming
+OF_EACH_LAYER = 0.9  # of what a layer keeps; the rest, such as positions, is the same for all
 LAYERS_READ_AHEAD = 3  # of layers from disk: one coming, one computing, one going
 READ_DTYPE_BYTES = 2  # checkpoints hold bfloat16 or float16
 
@@ -95,11 +96,12 @@ class Estimator:
         self.micro, self.config = micro, config
         shape, spec = micro.shape, micro.spec
         self.on_gpu = micro.target is not None
-        self.model = model_shapes(shape, quantization_of(config), micro.dtype).weights()
+        self.model = weights_of(shape, micro.quantization, micro.dtype)
         self.params = nbytes(adapter_shapes(spec, shape))
         self.pages, self.state = optimizer(spec, shape, config)
         self.kept = functools.cache(lambda policy: kept_bytes(micro, policy))
         self.program = functools.cache(lambda stream, policy: traced(micro, stream, policy))
+        self.peak = functools.cache(self.simulated)
 
     def weights(self, where: Iterable[str]) -> tuple[int, int]:
         """(bytes of codes and dense weights, bytes of scales) of the weights of these names."""
@@ -113,14 +115,21 @@ class Estimator:
         there = [name for name in self.model if self.on_gpu and is_streamed(name, stream)]
         return [name for name in self.model if name not in there], there
 
-    def least(self, choices: Choices) -> int:
-        """Bytes that this way takes on the device whatever its program is, which is not traced."""
+    def surely_exceeds(self, choices: Choices, limit: int) -> bool:
+        """Whether this way takes more on the device than `limit`, whatever its program is.
+
+        No step is traced for it, and no layer where the layers' inputs are too much already.
+        """
         policy, layers = choices.gradient_checkpointing, self.micro.shape.num_hidden_layers
-        state = 0 if choices.optim_memory == "host" else self.state
-        kept = 0 if policy == "offload" else layers * self.kept(policy)
-        return (
-            sum(self.weights(self.split(choices)[0])) + self.gradients + self.params + state + kept
-        )
+        here, there = self.split(choices)
+        known = sum(self.weights(here)) + IN_FLIGHT * sum(self.weights(there)) // layers
+        known += self.params + self.gradients
+        known += 0 if choices.optim_memory == "host" else self.state
+        if policy == "offload":
+            return known > limit
+        if known + layers * self.micro.input_bytes > limit:
+            return True
+        return known + OF_EACH_LAYER * layers * self.kept(policy) > limit
 
     @property
     def gradients(self) -> int:
@@ -175,7 +184,7 @@ class Estimator:
             paged=self.state - resident,
         )
 
-    def peak(self, stream: str, policy: str) -> Peak:
+    def simulated(self, stream: str, policy: str) -> Peak:
         """The temporaries on the device, all of them and those of the loss."""
         spaces = [DEVICE] if self.on_gpu else [DEVICE, HOST]
         return peak_bytes(self.program(stream, policy), spaces, LOSS)

@@ -7,7 +7,7 @@ leaves open (choices.py) the quickest that fits is taken; the rest of the figure
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qlora_jax.adapters.spec import LoraSpec
@@ -24,6 +24,8 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import module_shapes
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.for_model import fitted, quantization_of, spec_of
+
+DOUBT = 0.1  # of temporaries: by how much their estimate may be too small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +102,14 @@ def plan(shape: ModelConfig, config: TrainConfig, budget: Budget) -> Plan:
       InputError: the configuration does not suit the model.
     """
     config, notes = fitted(config, shape)
-    estimator = Estimator(micro_of(shape, config, budget), config)
+    return plan_of(micro_of(shape, config, budget), config, budget, notes)
+
+
+def plan_of(micro: Micro, config: TrainConfig, budget: Budget, notes: Iterable[str] = ()) -> Plan:
+    """`plan` of a micro batch that is known; of the configuration the rest counts."""
+    estimator = Estimator(micro, config)
     ways = list(candidates(config, on_gpu=budget.card is not None))
-    found = chosen(estimator, ways, budget)
+    found = chosen(estimator, config, ways, budget)
     fits = found is not None
     if found is None:
         tried = {way.optim_memory: estimator.estimate(way) for way in ways[-2:]}
@@ -167,17 +174,25 @@ def adapter_spec(shape: ModelConfig, config: TrainConfig) -> LoraSpec:
     return read_adapter(config.adapter, module_shapes(shape), shape.num_hidden_layers).spec
 
 
-def chosen(estimator: Estimator, ways: list[Choices], budget: Budget) -> Estimate | None:
-    """The first way that fits; pages of optimizer state stay on the device while there is room."""
+def chosen(
+    estimator: Estimator, config: TrainConfig, ways: list[Choices], budget: Budget
+) -> Estimate | None:
+    """The first way that fits.
+
+    With optim_memory auto as many pages of the state stay on the device as it has room for, beside
+    what temporaries may take more than they were estimated to.
+    """
     for way in ways:
-        if estimator.least(way) > budget.device:
+        if estimator.surely_exceeds(way, budget.device):
             continue
         found = estimator.estimate(way)
         if not budget.holds(found.device_bytes, found.host_bytes):
             continue
-        if way.optim_memory == "device" or budget.card is None:
+        if way.optim_memory == "device" or config.optim_memory == "host" or budget.card is None:
             return found
-        room = (budget.device - found.device_bytes) // -(-estimator.state // estimator.pages)
+        spare = int(DOUBT * (found.device["activations"] + found.device["workspace"]))
+        page = -(-estimator.state // estimator.pages)
+        room = (budget.device - found.device_bytes - spare) // page
         resident = max(0, min(estimator.pages, room))
         return estimator.estimate(dataclasses.replace(way, resident=resident))
     return None
@@ -220,8 +235,9 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"step           at least {plan.bound.step_seconds:.3g} s (a bound): {parts}"
         yield f"bottleneck     {plan.bound.bottleneck}"
         if plan.bound.hidden_from is not None:
-            needed = f"{plan.bound.hidden_from:,} tokens of a micro batch on"
-            yield f"streaming      hidden behind computing from {needed}; here {plan.micro.tokens:,}"
+            needed = f"{plan.bound.hidden_from:,} tokens a micro batch on"
+            have = f"{plan.micro.tokens:,}"
+            yield f"streaming      hidden behind computing from {needed}; here {have}"
     yield from (f"note           {note}" for note in plan.notes)
     yield "it fits" if plan.fits else "it does not fit. What would help, the cheapest first:"
     for change in plan.changes:

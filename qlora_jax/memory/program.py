@@ -17,14 +17,14 @@ from pallas_kernels.gpu import Gpu
 from pallas_kernels.nf4_matmul import preferred_layout
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.spec import LoraSpec
-from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, model_shapes, nbytes
+from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, decoder, nbytes, weights_of
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.layers import vjp
 from qlora_jax.models.remat import again
 from qlora_jax.placement import HOST
 from qlora_jax.quantization.policy import QuantizationConfig
-from qlora_jax.train.step import gradients
+from qlora_jax.train.step import micro_gradients
 from qlora_jax.weight_names import is_streamed
 
 
@@ -73,7 +73,7 @@ def built_for(target: Gpu | None) -> Iterator[None]:
 def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any]:
     """(adapter, model, batch, dropout's key or None) as shapes, streamed weights in host memory."""
     layout = preferred_layout()
-    model = model_shapes(micro.shape, micro.quantization, micro.dtype, layout)
+    all_weights = weights_of(micro.shape, micro.quantization, micro.dtype, layout)
     # Not of a single device: a traced type would forget the memory.
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     host = NamedSharding(mesh, PartitionSpec(), memory_kind=HOST)
@@ -83,12 +83,12 @@ def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any
 
     weights = {
         name: jax.tree.map(on_host, weight) if is_streamed(name, stream_weights) else weight
-        for name, weight in model.weights().items()
+        for name, weight in all_weights.items()
     }
     key = jax.eval_shape(lambda: jax.random.key(0)) if micro.spec.lora_dropout else None
     return (
         adapter_shapes(micro.spec, micro.shape),
-        Decoder.from_weights(micro.shape, weights, micro.dtype),
+        decoder(micro.shape, weights, micro.dtype),
         batch_shapes(micro.rows, micro.length),
         key,
     )
@@ -104,7 +104,7 @@ def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
 
     # Not the jitted function itself, whose cache does not know for which GPU it was traced.
     def program(params, model, batch, key):
-        whole = functools.partial(gradients.__wrapped__, spec=micro.spec, remat=remat)
+        whole = functools.partial(micro_gradients, spec=micro.spec, remat=remat)
         return whole(params, model, batch, dropout_key=key)
 
     with built_for(micro.target):

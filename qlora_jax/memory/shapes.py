@@ -24,13 +24,13 @@ from qlora_jax.weight_names import LAYERS
 BATCH = ("input_ids", "labels", "positions", "segment_ids")  # as the loader makes it
 
 
-def model_shapes(
+def weights_of(
     config: ModelConfig,
     quantization: QuantizationConfig | None,
     dtype: str = "bfloat16",
     layout: str = "bnb",
-) -> Decoder:
-    """The decoder as it lies in memory when it is loaded.
+) -> dict[str, Any]:
+    """Every weight by its stacked name.
 
     Args:
       quantization: which weights are 4-bit, and how; None for a dense model.
@@ -44,7 +44,22 @@ def model_shapes(
             weights[name] = quantized(shape, lead, quantization, dtype, layout)
         else:
             weights[name] = array((*lead, *shape), dtype)
-    return Decoder.from_weights(config, weights, dtype)
+    return weights
+
+
+def decoder(config: ModelConfig, weights: dict[str, Any], dtype: str) -> Decoder:
+    """The decoder around weights that are shapes, whose shardings it keeps."""
+    places: list[int] = []
+
+    def build(weights):
+        model = Decoder.from_weights(config, weights, dtype)
+        number = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(weights))}
+        places[:] = [number[id(leaf)] for leaf in jax.tree.leaves(model)]
+        return model
+
+    structure = jax.tree.structure(jax.eval_shape(build, weights))
+    leaves = jax.tree.leaves(weights)
+    return structure.unflatten([leaves[place] for place in places])
 
 
 def quantized(

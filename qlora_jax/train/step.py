@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.placement import OVERLAP
 from qlora_jax.train.loss import Batch, token_sums
 
 Params = Any
@@ -51,8 +52,7 @@ class StepMetrics(NamedTuple):
     finite: Bool[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "remat"))
-def gradients(
+def micro_gradients(
     params: Params,
     model: Decoder,
     batch: Batch,
@@ -62,7 +62,7 @@ def gradients(
     loss_scale: Array | float = 1.0,
     remat: str = "none",
 ) -> Sums:
-    """Loss and gradient sums of one micro batch, with respect to the adapter alone.
+    """Loss and gradient sums of one micro batch, with respect to the adapter alone; not compiled.
 
     Args:
       loss_scale: multiplies the loss before the backward pass, for float16; `finish` takes it out.
@@ -76,6 +76,12 @@ def gradients(
 
     (_, (sums, count)), grads = jax.value_and_grad(scaled, has_aux=True)(params)
     return Sums(grads, sums.loss, sums.right, count)
+
+
+STATIC = ("spec", "remat")
+gradients = jax.jit(micro_gradients, static_argnames=STATIC)
+# The same for weights, or layer inputs, in host memory.
+streamed_gradients = jax.jit(micro_gradients, static_argnames=STATIC, compiler_options=OVERLAP)
 
 
 def accumulate(total: Sums | None, new: Sums) -> Sums:

@@ -56,6 +56,12 @@ class BatchSource:
             math.ceil(len(self.data) / self.accumulation) if isinstance(self.data, Sized) else None
         )
 
+    def largest(self) -> dict[str, np.ndarray] | None:
+        """A micro batch of the largest shape; None for batches of the caller's own."""
+        if not self.loader:
+            return None
+        return self.data.batch([int(np.argmax(self.data.row_lengths))], self.loader.batch_size)
+
     def groups(self, epoch: int, skip: int) -> Iterator[list[dict[str, np.ndarray]]]:
         """The steps of `epoch` behind its first `skip` batches: lists of micro batches.
 

@@ -43,7 +43,9 @@ def rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
     yield "step", step(trainer)
     yield "devices", devices()
     yield "optimizer", trainer.memory_reason
-    yield "remat", f"{trainer.remat} ({trainer.remat_reason})"
+    yield "remat", f"{trainer.remat} ({trainer.plan.reasons['gradient_checkpointing']})"
+    yield "weights", weights(trainer)
+    yield "memory", memory(trainer)
     yield "dtype", f"{model.dtype} activations, float32 adapter and optimizer"
     yield "backend", backend(model, config.batch_size * trainer.row_length)
     if trainer.row_length:
@@ -101,6 +103,30 @@ def data_rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
         yield "eval data", f"rows {found.rows:,}, tokens {found.tokens:,}"
     elif trainer.config.save_best:
         yield "eval data", "none: save_best is off"
+
+
+def weights(trainer: "Trainer") -> str:
+    """Where the base lives, and why."""
+    choices, reasons = trainer.plan.choices, trainer.plan.reasons
+    places = {
+        "off": "on the device",
+        "on": "layers in host memory, each fetched while the one before computes",
+        "all": "layers, embeddings and head in host memory, fetched as they are needed",
+        "disk": "layers read from their files at every pass",
+    }
+    return f"{places[choices.stream_weights]} ({reasons['stream_weights']})"
+
+
+def memory(trainer: "Trainer") -> str:
+    """The plan against what there is."""
+    plan = trainer.plan
+    device, host, there = (
+        f"{size / 1e9:.2f}" for size in (plan.device_bytes, plan.host_bytes, plan.budget.device)
+    )
+    if plan.budget.card is None:
+        whole = f"{(plan.device_bytes + plan.host_bytes) / 1e9:.2f}"
+        return f"{whole} of {there} GB, the process and compiling included (estimated)"
+    return f"{device} of {there} GB on the device, {host} GB of the host (estimated)"
 
 
 def step(trainer: "Trainer") -> str:

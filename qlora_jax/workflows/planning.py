@@ -7,7 +7,6 @@ from qlora_jax.memory import budget
 from qlora_jax.memory.planner import Plan, plan, plan_compiled
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.train.config import TrainConfig
-from qlora_jax.workflows.open import open_source
 
 
 def planned(config: TrainConfig, gpu: str | None = None, *, compiled: bool = False) -> Plan:
@@ -35,5 +34,7 @@ def shape_of(model: str) -> ModelConfig:
     path = Path(model).expanduser()
     if path.is_dir():
         return ModelConfig.from_dict(read_config(path), str(path))
+    from qlora_jax.workflows.open import open_source  # with the Hub's part, which takes time
+
     with open_source(path) as source:
         return ModelConfig.from_dict(source.config, str(source.path))

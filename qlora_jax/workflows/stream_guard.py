@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qlora_jax.models.layers import Stack, run_layers
 from qlora_jax.models import Decoder
+from qlora_jax.models.layers import Stack, run_layers
 from qlora_jax.models.layerwise import LayerwiseDecoder, layerwise
 from qlora_jax.placement import OVERLAP, in_host, to_device, to_host
 

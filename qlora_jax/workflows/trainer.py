@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -23,25 +24,33 @@ from qlora_jax.checkpoints.atomic import new_folder
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation.perplexity import perplexity
+from qlora_jax.memory.planner import Plan
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.optim.paged import Paged, choose_paged
 from qlora_jax.optim.paged_adamw import ADAMW
 from qlora_jax.optim.schedules import schedule
-from qlora_jax.placement import to_device, total_device_bytes
+from qlora_jax.placement import (
+    free_device_bytes,
+    peak_device_bytes,
+    to_device,
+    used_device_bytes,
+)
 from qlora_jax.train import pipeline
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss_scale import LossScale
-from qlora_jax.train.step import accumulate, finish, gradients
+from qlora_jax.train.step import Sums, accumulate, finish, gradients, streamed_gradients
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.batches import BatchSource
 from qlora_jax.workflows.header import header
 from qlora_jax.workflows.hub import repository
 from qlora_jax.workflows.recorder import Recorder
+from qlora_jax.workflows.room import explained, laid_out_for, refuse_too_large, streaming_of
 from qlora_jax.workflows.run_folder import RunFolder, refuse_small_disk, write_json
 from qlora_jax.workflows.run_state import Counters, Identity, RunState, restore, save
 from qlora_jax.workflows.signals import Stopped, StopRequest, stop_requests
+from qlora_jax.workflows.stream_guard import guarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,6 +91,7 @@ class Trainer:
       optimizer: an optax transform instead of `config.optim`; clipping to `max_grad_norm` comes
         before it. It runs on the device, unless `elementwise` says that it may be paged.
       elementwise: the transform treats every number apart from all others.
+      plan: how the run is laid out in memory, if that was planned before the model was loaded.
       say: takes each printed line; they also go to train.log.
       notes: further lines of the header.
 
@@ -103,6 +113,7 @@ class Trainer:
         eval_data: Dataset | None = None,
         optimizer: optax.GradientTransformation | None = None,
         elementwise: bool = False,
+        plan: Plan | None = None,
         say: Callable[[str], object] = print,
         notes: Iterable[str] = (),
     ):
@@ -110,9 +121,8 @@ class Trainer:
             raise InputError(
                 "RUN-FOLDER", "output_dir", "missing", "a folder", "output_dir=out/run"
             )
-        self.model, self.lora, self.config, self.tokenizer = model, lora, config, tokenizer
+        self.lora, self.config, self.tokenizer = lora, config, tokenizer
         self.eval_data, self.say = eval_data, say
-        self.notes = (*config.notes, *notes)
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         if eval_data is None:
             config.refuse_unused_evaluation()
@@ -126,10 +136,13 @@ class Trainer:
         self.learning_rate = schedule(
             config.lr_scheduler, config.learning_rate, self.total_steps, config.warmup_ratio
         )
-        layerwise = isinstance(model, LayerwiseDecoder)
-        self.gradients = pipeline.gradients if layerwise else gradients
-        self.remat, self.remat_reason = choose_remat(config.gradient_checkpointing, layerwise)
+        self.plan = plan or laid_out_for(model, lora, config, self.row_length)
+        self.remat = self.plan.choices.gradient_checkpointing
+        self.model, fault = guarded(model, self.remat)
+        self.notes = (*config.notes, *notes, *fault)
+        self.gradients = gradients_for(self.model, self.remat)
         self.optimizer, self.memory_reason = self.choose_optimizer(optimizer, elementwise)
+        self.largest = 0  # tokens of the largest micro batch that has run
         self.key = jax.random.key(config.seed)
 
     @property
@@ -166,7 +179,7 @@ class Trainer:
         return choose_paged(
             transform,
             self.lora.params,
-            config.optim_memory,
+            self.plan.choices.optim_memory if ours else config.optim_memory,
             elementwise=ours or elementwise,
             contracts=not ours,
         )
@@ -179,30 +192,54 @@ class Trainer:
         Raises:
           InputError: the folder is not empty, or there is nothing to resume.
           ConfigMismatch: the checkpoint is of another run.
+          DoesNotFit: the run is larger than the memory, by its plan or as it runs.
           NonFinite: five steps in a row were NaN or infinite; the last checkpoint is kept.
           Stopped: a signal came; its checkpoint is written.
         """
+        refuse_too_large(self.plan, self.say)
         folder = RunFolder(self.config.output_dir, resume=resume is not None)
         with folder.locked(), stop_requests() as stop:
             self.tell = folder.logged(self.say)
             for line in header(self):
                 self.tell(line)
-            state = self.begin(folder, resume)
-            folder.write_start(self.config.to_yaml())
-            recorder = Recorder(
-                folder.path, self.config, self.total_steps, state.counters, self.tell
-            )
+            with explained(self.config, self.plan, self.tell):
+                return self.run(folder, resume, stop)
+
+    def run(self, folder: RunFolder, resume: str | Path | None, stop: StopRequest) -> Run:
+        """`fit`, in a folder that is ours."""
+        state = self.begin(folder, resume)
+        folder.write_start(self.config.to_yaml())
+        recorder = Recorder(folder.path, self.config, self.total_steps, state.counters, self.tell)
+        self.on_step(state.counters.step, self.total_steps)
+        if (largest := self.batches.largest()) is not None:
+            self.make_room(state, largest)
+        for group in self.groups(state.counters):
+            self.step(state, group, recorder)
             self.on_step(state.counters.step, self.total_steps)
-            for group in self.groups(state.counters):
-                self.step(state, group, recorder)
-                self.on_step(state.counters.step, self.total_steps)
-                trained = time.perf_counter()
-                self.evaluate(state, folder, recorder)
-                self.checkpoint(state, folder, stop)
-                recorder.idle += time.perf_counter() - trained
-                if self.has_stopped_improving(state.counters):
-                    break
-            return self.end(state, folder, recorder)
+            trained = time.perf_counter()
+            self.evaluate(state, folder, recorder)
+            self.checkpoint(state, folder, stop)
+            recorder.idle += time.perf_counter() - trained
+            if self.has_stopped_improving(state.counters):
+                break
+        return self.end(state, folder, recorder)
+
+    def make_room(self, state: RunState, batch: Any) -> None:
+        """Runs the largest micro batch so far once, for nothing, beside a sum of earlier ones.
+
+        So memory runs out before the first step or not at all. What is free then tells how much of
+        the optimizer's state may stay on the device.
+        """
+        self.largest = batch["input_ids"].size
+        new = self.micro_batch(state, batch, 0)
+        jax.block_until_ready(accumulate(jax.tree.map(jnp.zeros_like, new), new))
+        del new
+        if free_device_bytes() is not None and self.config.optim_memory == "auto":
+            state.optimizer, self.memory_reason = self.optimizer.fit(
+                state.params,
+                state.optimizer,
+                reserved_bytes=peak_device_bytes() - used_device_bytes(),
+            )
 
     def begin(self, folder: RunFolder, resume: str | Path | None) -> RunState:
         """The state of step 0, or that of a checkpoint."""
@@ -239,22 +276,12 @@ class Trainer:
     def step(self, state: RunState, group: list[Any], recorder: Recorder) -> None:
         """One optimizer step: gradients of all micro batches, one division, one update."""
         started = time.perf_counter()
-        counters, spec = state.counters, self.lora.spec
+        counters = state.counters
         scale, sums = counters.loss_scale, None
         for number, batch in enumerate(group):
-            key = None
-            if spec.lora_dropout:
-                key = jax.random.fold_in(jax.random.fold_in(self.key, counters.step), number)
-            new = self.gradients(
-                state.params,
-                self.model,
-                self.batches.inputs(batch),
-                spec=spec,
-                dropout_key=key,
-                loss_scale=scale.value,
-                remat=self.remat,
-            )
-            sums = accumulate(sums, new)
+            if batch["input_ids"].size > self.largest:
+                self.make_room(state, batch)
+            sums = accumulate(sums, self.micro_batch(state, batch, number))
         grads, metrics = finish(
             sums, max_grad_norm=self.config.max_grad_norm, loss_scale=scale.value
         )
@@ -279,6 +306,21 @@ class Trainer:
             bytes_moved=self.optimizer.bytes_moved if finite else 0,
             seconds_moved=self.optimizer.seconds_moved if finite else 0.0,
             seconds=time.perf_counter() - started,
+        )
+
+    def micro_batch(self, state: RunState, batch: Any, number: int) -> Sums:
+        """Loss and gradients of micro batch `number` of a step."""
+        counters, spec, key = state.counters, self.lora.spec, None
+        if spec.lora_dropout:
+            key = jax.random.fold_in(jax.random.fold_in(self.key, counters.step), number)
+        return self.gradients(
+            state.params,
+            self.model,
+            self.batches.inputs(batch),
+            spec=spec,
+            dropout_key=key,
+            loss_scale=counters.loss_scale.value,
+            remat=self.remat,
         )
 
     def skip(self, counters: Counters, scale: LossScale) -> None:
@@ -371,15 +413,12 @@ class Trainer:
         return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
 
 
-def choose_remat(asked: str, layerwise: bool) -> tuple[str, str]:
-    """`full` or `none` for `gradient_checkpointing`, and why."""
-    if asked != "auto":
-        return asked, "asked for"
-    if layerwise:
-        return "full", "auto: of a layer that comes from disk no more than its input is kept"
-    if total_device_bytes() is None:
-        return "none", "auto: memory of this device is the host's, and speed counts"
-    return "full", "auto: a layer's input is kept and the layer computed again, to save GPU memory"
+def gradients_for(model: Decoder | LayerwiseDecoder, remat: str) -> Callable[..., Sums]:
+    """What computes a micro batch's gradients: one program, or one a layer."""
+    if isinstance(model, LayerwiseDecoder):
+        return pipeline.gradients
+    copies = streaming_of(model) != "off" or remat == "offload"
+    return streamed_gradients if copies else gradients
 
 
 def real_tokens(batch: Any) -> int:

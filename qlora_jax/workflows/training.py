@@ -27,6 +27,7 @@ from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.workflows.adapter_folder import load_adapter
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load_model, open_source
+from qlora_jax.workflows.room import laid_out, refuse_too_large
 from qlora_jax.workflows.run_folder import refuse_used
 from qlora_jax.workflows.trainer import Trainer
 
@@ -63,16 +64,36 @@ def open_run(
         tokenizer = open_tokenizer(config, source, shape)
         data, eval_data, read = open_data(config, tokenizer)
         spec = spec_of(config, shape) if config.adapter is None else None
-        quantization = quantization_of(config)
-        if config.stream_weights == "disk":
-            model = open_from_disk(source, quantization, config.dtype)
-        else:
-            model = load_model(
-                source, quantization=quantization, dtype=config.dtype, progress=progress
-            )
+        plan = laid_out(shape, config, max(data.row_lengths))
+        refuse_too_large(plan, say)
+        model = open_model(config, source, plan.choices.stream_weights, progress)
     lora = begin(config, model, spec)
     return Trainer(
-        model, lora, data, config, tokenizer, eval_data=eval_data, say=say, notes=notes + read
+        model,
+        lora,
+        data,
+        config,
+        tokenizer,
+        eval_data=eval_data,
+        plan=plan,
+        say=say,
+        notes=notes + read,
+    )
+
+
+def open_model(
+    config: TrainConfig, source: Source, stream_weights: str, progress: Progress | None
+) -> Decoder | LayerwiseDecoder:
+    """The base, its weights where the plan wants them."""
+    quantization = quantization_of(config)
+    if stream_weights == "disk":
+        return open_from_disk(source, quantization, config.dtype)
+    return load_model(
+        source,
+        quantization=quantization,
+        dtype=config.dtype,
+        stream_weights=stream_weights,
+        progress=progress,
     )
 
 

@@ -14,7 +14,7 @@ from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.models.remat import POLICIES
 from qlora_jax.placement import in_host, to_host
 from qlora_jax.quantization.policy import QuantizationConfig
-from qlora_jax.train.step import gradients
+from qlora_jax.train.step import gradients, micro_gradients
 from qlora_jax.weight_names import LAYERS, is_streamed
 from tests.golden_data import golden_folder
 from tests.tolerances import VJP_ATOL, VJP_RTOL
@@ -161,7 +161,7 @@ def test_no_weight_is_kept_for_the_backward(remat, monkeypatch):
 
     monkeypatch.setattr(layers, "forward_loop", watched)
     jax.eval_shape(
-        lambda p, m, b: gradients.__wrapped__(p, m, b, spec=spec, remat=remat),
+        lambda p, m, b: micro_gradients(p, m, b, spec=spec, remat=remat),
         params,
         model,
         batch(model),

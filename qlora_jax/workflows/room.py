@@ -1,0 +1,148 @@
+"""The memory of a run: laid out before it, refused if too little, explained if it runs out."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+
+from pallas_kernels import gpu
+from pallas_kernels.quantize.api import DoubleQuantized
+from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.errors import DoesNotFit
+from qlora_jax.memory import budget
+from qlora_jax.memory.changes import Change, changes
+from qlora_jax.memory.estimate import Estimator
+from qlora_jax.memory.planner import Plan, plan, plan_of
+from qlora_jax.memory.program import Micro
+from qlora_jax.models import Decoder, ModelConfig
+from qlora_jax.models.layerwise import LayerwiseDecoder
+from qlora_jax.placement import in_host
+from qlora_jax.quantization.policy import QuantizationConfig
+from qlora_jax.quantization.tensor import QuantizedTensor
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.weight_names import HEAD, LAYERS
+
+ADVICE = 3  # changes that an error names; the plan has all
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA begins when an allocation fails
+
+
+def laid_out(shape: ModelConfig, config: TrainConfig, row_length: int) -> Plan:
+    """The plan of a run on this machine's device, before its model is loaded.
+
+    Args:
+      row_length: tokens of the longest row.
+    """
+    return plan(shape, config.replace(max_seq_length=row_length), budget.of_here())
+
+
+def laid_out_for(
+    model: Decoder | LayerwiseDecoder, lora: Adapter, config: TrainConfig, row_length: int
+) -> Plan:
+    """The plan of a run on a model that is loaded, and lives where it does.
+
+    Args:
+      row_length: 0 where the longest row is not known: then it is max_seq_length.
+    """
+    target = gpu.here()
+    micro = Micro(
+        model.config,
+        lora.spec,
+        quantization_of(model),
+        model.dtype,
+        config.batch_size,
+        row_length or config.max_seq_length,
+        target and target.gpu,
+    )
+    config = config.replace(stream_weights=streaming_of(model))
+    return plan_of(micro, config, budget.of_here(held_bytes(model)))
+
+
+def refuse_too_large(found: Plan, say: Callable[[str], object]) -> None:
+    """Prints the table of a plan that does not fit, and raises.
+
+    Raises:
+      DoesNotFit: RUN-MEMORY, with what would help.
+    """
+    if found.fits:
+        return
+    for line in found.table():
+        say(line)
+    raise DoesNotFit(
+        "RUN-MEMORY",
+        found.budget.name,
+        f"the run needs {gb(found.device_bytes)} on the device, {gb(found.host_bytes)} of the host",
+        f"at most {gb(found.budget.device)}: {found.budget.how}",
+        advice(found),
+    )
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig, found: Plan, say: Callable[[str], object]) -> Iterator[None]:
+    """Within it an allocation that fails is answered with the plan and what would help.
+
+    Raises:
+      DoesNotFit: RUN-OOM.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and EXHAUSTED not in str(error):
+            raise
+        found = dataclasses.replace(found, fits=False, changes=what_helps(config, found))
+        for line in found.table():
+            say(line)
+        raise DoesNotFit(
+            "RUN-OOM",
+            found.budget.name,
+            f"memory ran out: {first_line(error)}",
+            f"the {gb(found.device_bytes)} of the plan",
+            advice(found),
+        ) from error
+
+
+def what_helps(config: TrainConfig, found: Plan) -> tuple[Change, ...]:
+    """What would take less than a plan that was thought to fit."""
+    return changes(Estimator(found.micro, config), config, found.estimate, found.budget)
+
+
+def advice(found: Plan) -> str:
+    """The cheapest changes, in words."""
+    return ", or ".join(change.change for change in found.changes[:ADVICE])
+
+
+def first_line(error: BaseException) -> str:
+    """What an allocator said, cut to a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def streaming_of(model: Decoder | LayerwiseDecoder) -> str:
+    """Where a model's weights live, as `stream_weights` has it."""
+    if isinstance(model, LayerwiseDecoder):
+        return "disk"
+    streamed = {name for name, weight in model.weights().items() if in_host(weight)}
+    if not streamed:
+        return "off"
+    return "on" if all(name.startswith(LAYERS) for name in streamed) else "all"
+
+
+def quantization_of(model: Decoder | LayerwiseDecoder) -> QuantizationConfig | None:
+    """How a loaded model is quantized; None for a dense one."""
+    packed = {n: w for n, w in model.weights().items() if isinstance(w, QuantizedTensor)}
+    if not packed:
+        return None
+    one = next(iter(packed.values()))
+    double = isinstance(one.absmax, DoubleQuantized)
+    return QuantizationConfig(one.kind, one.block_size, double, quantize_lm_head=HEAD in packed)
+
+
+def held_bytes(model: Decoder | LayerwiseDecoder) -> int:
+    """Bytes of a model on the device."""
+    ends = model.ends if isinstance(model, LayerwiseDecoder) else model
+    leaves = jax.tree.leaves(ends.weights())
+    return sum(leaf.nbytes for leaf in leaves if not in_host(leaf))
+
+
+def gb(size: int) -> str:
+    """12.3 GB."""
+    return f"{size / 1e9:.2f} GB"
