@@ -101,6 +101,12 @@ def loss_fn(
     return score(x, params, model.ends, batch, spec=spec)
 
 
+def programs() -> int:
+    """How many programs of a step were compiled so far."""
+    each = (enter, layer_forward, top, layer_backward, leave)
+    return sum(program._cache_size() for program in each)
+
+
 def begun(x: Hidden) -> tuple[Hidden, Int[Array, ""]]:
     """x and the first layer's number, both committed as all that comes behind a layer is."""
     return to_device((x, np.int32(0)))

@@ -84,6 +84,11 @@ gradients = jax.jit(micro_gradients, static_argnames=STATIC)
 streamed_gradients = jax.jit(micro_gradients, static_argnames=STATIC, compiler_options=OVERLAP)
 
 
+def programs() -> int:
+    """How many programs of gradients were compiled so far."""
+    return gradients._cache_size() + streamed_gradients._cache_size()
+
+
 def accumulate(total: Sums | None, new: Sums) -> Sums:
     """`total + new`; `new` itself where there is no total yet."""
     return new if total is None else add(total, new)

@@ -18,6 +18,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.models.attention import explain as explain_attention
 from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.models.linear import stored_as
+from qlora_jax.placement import fetched
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def backend(model: Decoder | LayerwiseDecoder, tokens: int) -> str:
     packed = [w for w in model.weights().values() if isinstance(w, QuantizedTensor)]
     if not packed:
         return f"{jax.default_backend()}: dense weights, XLA's own products"
-    one = packed[0][0] if packed[0].lead else packed[0]
+    one = jax.eval_shape(lambda w: fetched(w[0] if w.lead else w), packed[0])
     x = jax.ShapeDtypeStruct((max(tokens, 1), one.shape[1]), model.dtype)
     choice = pallas_kernels.explain("nf4_matmul", x, one.codes, one.absmax, **stored_as(one))
     return f"{jax.default_backend()}, nf4_matmul by {choice.forward}"

@@ -10,9 +10,10 @@ import jax
 
 from qlora_jax.evaluation.perplexity import PerplexityResult
 from qlora_jax.placement import peak_device_bytes, total_device_bytes
+from qlora_jax.train import pipeline, step
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.metrics import MetricsFile, plot_loss, read_metrics, terminal_row
-from qlora_jax.train.step import StepMetrics, gradients
+from qlora_jax.train.step import StepMetrics
 from qlora_jax.workflows.run_state import Counters
 
 METRICS = "metrics.jsonl"
@@ -42,7 +43,7 @@ class Recorder:
         self.started, self.first_step = time.perf_counter(), counters.step
         self.before = (counters.tokens, time.perf_counter())
         self.idle = 0.0  # seconds since then that went into evaluations and checkpoints
-        self.compiled = gradients._cache_size()
+        self.compiled = programs()
 
     def step(
         self,
@@ -86,7 +87,7 @@ class Recorder:
                 total_steps=self.total_steps,
                 memory_limit_bytes=total_device_bytes(),
                 seconds_left=left,
-                compiles=gradients._cache_size() - self.compiled,
+                compiles=programs() - self.compiled,
             )
         )
 
@@ -124,6 +125,11 @@ class Recorder:
             "seconds": time.perf_counter() - self.started,
             "peak_memory_bytes": peak_bytes(),
         }
+
+
+def programs() -> int:
+    """How many programs of a step were compiled so far."""
+    return step.programs() + pipeline.programs()
 
 
 def peak_bytes() -> int:

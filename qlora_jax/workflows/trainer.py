@@ -176,13 +176,17 @@ class Trainer:
                 b2=config.adam_beta2,
                 weight_decay=config.weight_decay,
             )
-        return choose_paged(
+        optimizer, reason = choose_paged(
             transform,
             self.lora.params,
             self.plan.choices.optim_memory if ours else config.optim_memory,
             elementwise=ours or elementwise,
             contracts=not ours,
         )
+        if ours:
+            planned = self.plan.choices.optim_memory, self.plan.reasons["optim_memory"]
+            reason = "state on the {} ({})".format(*planned)
+        return optimizer, reason
 
     def fit(self, resume: str | Path | None = None) -> Run:
         """Runs to the end, or on from a checkpoint: `auto` for the newest, or its folder.
