@@ -99,7 +99,7 @@ class Estimator:
         self.model = weights_of(shape, micro.quantization, micro.dtype)
         self.params = nbytes(adapter_shapes(spec, shape))
         self.pages, self.state = optimizer(spec, shape, config)
-        self.kept = functools.cache(lambda policy: kept_bytes(micro, policy))
+        self.kept_bytes = functools.cache(lambda: kept_bytes(micro))
         self.program = functools.cache(lambda stream, policy: traced(micro, stream, policy))
         self.peak = functools.cache(self.simulated)
 
@@ -130,6 +130,11 @@ class Estimator:
         if known + layers * self.micro.input_bytes > limit:
             return True
         return known + OF_EACH_LAYER * layers * self.kept(policy) > limit
+
+    def kept(self, policy: str) -> int:
+        """What one layer keeps for the backward pass."""
+        known = policy in ("full", "offload")
+        return self.micro.input_bytes if known else self.kept_bytes()[policy]
 
     @property
     def gradients(self) -> int:

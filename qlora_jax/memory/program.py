@@ -21,7 +21,7 @@ from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, decoder, nbyte
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.layers import vjp
-from qlora_jax.models.remat import again
+from qlora_jax.models.remat import is_attention
 from qlora_jax.placement import HOST
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.step import micro_gradients
@@ -111,10 +111,12 @@ def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
         return jax.make_jaxpr(program)(*arguments(micro, stream_weights))
 
 
-def kept_bytes(micro: Micro, remat: str) -> int:
-    """What one layer keeps for the backward pass, in device memory or, offloaded, in host's."""
-    if remat in ("full", "offload"):
-        return micro.input_bytes
+def kept_bytes(micro: Micro) -> dict[str, int]:
+    """What one layer keeps for the backward pass, by policy; what is offloaded, in host memory.
+
+    One trace tells all: `none` keeps what the layer's own gradient asks for, `save-attention` the
+    input and what `is_attention` says of the forward pass.
+    """
 
     def layer_vjp(params, model, batch, key):
         adapter = Adapter(params, micro.spec)
@@ -122,21 +124,36 @@ def kept_bytes(micro: Micro, remat: str) -> int:
         layer, stack = model.stacked(*places, adapter, None, key)
         x = jnp.zeros((micro.rows, micro.length, micro.shape.hidden_size), micro.dtype)
         first = jax.tree.map(lambda leaf: leaf[0], stack[:3])
-        _, pullback = vjp(again(layer, remat), ((x, None), *first, stack.shared))
+        _, pullback = vjp(layer, ((x, None), *first, stack.shared))
         # A constant, such as the causal mask, is the same for all layers.
         return [leaf for leaf in jax.tree.leaves(pullback) if isinstance(leaf, jax.core.Tracer)]
 
-    with built_for(micro.target):
-        return nbytes(jax.eval_shape(layer_vjp, *arguments(micro, "off")))
+    # Not as built for the GPU: what is kept is the same, and its kernels take time to trace.
+    program = jax.make_jaxpr(layer_vjp)(*arguments(micro, "off"))
+    attention = [
+        value.aval
+        for equation in equations(program)
+        if is_attention(equation.primitive, **equation.params)
+        for value in equation.outvars
+    ]
+    return {
+        "none": nbytes(program.out_avals),
+        "save-attention": micro.input_bytes + nbytes(attention),
+        "full": micro.input_bytes,
+        "offload": micro.input_bytes,
+    }
+
+
+def equations(program: Any) -> Iterator[Any]:
+    """Every operation of a program, those of its loops and calls included."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for parameter in equation.params.values():
+            for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                    yield from equations(part)
 
 
 def operations(program: Any) -> int:
-    """How many operations a program has, those of its loops and calls included."""
-    jaxpr = getattr(program, "jaxpr", program)
-    total = len(jaxpr.eqns)
-    for equation in jaxpr.eqns:
-        for parameter in equation.params.values():
-            parts = parameter if isinstance(parameter, tuple | list) else (parameter,)
-            inner = (getattr(part, "jaxpr", part) for part in parts)
-            total += sum(operations(part) for part in inner if hasattr(part, "eqns"))
-    return total
+    """How many operations a program has."""
+    return sum(1 for _ in equations(program))

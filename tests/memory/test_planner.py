@@ -12,7 +12,9 @@ from qlora_jax.cli.main import main
 from qlora_jax.errors import InputError
 from qlora_jax.memory import budget, process
 from qlora_jax.memory.budget import Budget
+from qlora_jax.memory.liveness import peak_bytes
 from qlora_jax.memory.planner import plan
+from qlora_jax.memory.program import kept_bytes, traced
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.train.config import TrainConfig
 
@@ -145,6 +147,19 @@ def test_no_array_is_made():
     planned("rtx4090", stream_weights="on")
     new = [array for array in jax.live_arrays() if id(array) not in before]
     assert sum(array.nbytes for array in new) < 1e6
+
+
+@pytest.mark.parametrize("remat", ["none", "save-attention"])
+def test_what_a_layer_keeps_is_in_the_step_of_a_gpu(remat):
+    """It is counted without the GPU's kernels, and the whole step with them."""
+    found = planned(gradient_checkpointing=remat, stream_weights="off")
+    kept = 40 * kept_bytes(found.micro)[remat]
+    step, full = (
+        peak_bytes(traced(found.micro, "off", policy), [jax.memory.Space.Device]).nbytes
+        for policy in (remat, "full")
+    )
+    more = kept - 40 * found.micro.input_bytes
+    assert abs(step - full - more) < 0.15 * kept
 
 
 def test_a_length_that_the_model_has_no_positions_for_is_refused():
