@@ -13,7 +13,6 @@ program takes it out of its buffers.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +48,12 @@ def gradients(
     """As `step.gradients`.
 
     Args:
-      remat: `full` keeps each layer's input on the device, `offload` in pinned host memory.
+      remat: `offload` keeps each layer's input in pinned host memory, every other policy on the
+        device; no more of a layer is ever kept.
 
     Raises:
       InputError: what reading a layer raises: its file has changed, say.
     """
-    keep, bring = KEPT[remat]
     layer, packing = one_layer(model, batch, spec), model.layers.packing
     depth = model.config.num_hidden_layers
     x, stack = enter(params, model.ends, batch, dropout_key, spec=spec)
@@ -63,7 +62,7 @@ def gradients(
     with LayerStream(model.layers, down_and_up) as weights:
         for _ in range(depth):
             buffers = weights.behind(i)
-            kept.append(keep(x))
+            kept.append(to_host(x) if remat == "offload" else x)
             x, i = layer_forward(x, buffers, stack, i, layer=layer, packing=packing)
         inner, head = parted(params)
         sums, count, gradient, of_head, grads, i = top(
@@ -71,19 +70,13 @@ def gradients(
         )
         for number in range(depth):
             buffers = weights.behind(i) if number else buffers
-            x = bring(kept.pop())
+            x = to_device(kept.pop())
             gradient, grads, i = layer_backward(
                 gradient, grads, x, buffers, stack, i, layer=layer, packing=packing
             )
         grads = leave(inner, model.ends, batch, gradient, grads, spec=spec)
         jax.block_until_ready(i)
     return Sums(grads | of_head, sums.loss, sums.right, count)
-
-
-KEPT: dict[str, tuple[Callable, Callable]] = {
-    "full": (lambda x: x, lambda x: x),
-    "offload": (to_host, to_device),
-}
 
 
 def loss_fn(
