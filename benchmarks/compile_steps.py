@@ -33,6 +33,7 @@ from qlora_jax.memory.choices import Choices
 from qlora_jax.memory.compiled import compiled_gradients, with_sizes
 from qlora_jax.memory.estimate import Estimator
 from qlora_jax.memory.planner import micro_of
+from qlora_jax.memory.program import Micro
 from qlora_jax.memory.shapes import nbytes
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import linear_shapes, weight_shapes
@@ -141,7 +142,7 @@ def compile_step(case: Case, buffers: int) -> tuple[dict, list[str]]:
     print(*largest_results(text, buffers), sep="\n", end="\n" if buffers else "")
     name = bars.step_name(entry)
     failures = [f"{name}: a kernel of the step spills {size} bytes" for size in spills]
-    failures += [f"{name}: {line}" for line in dense_copies(text, micro.shape)]
+    failures += [f"{name}: {line}" for line in dense_copies(text, micro)]
     if case.stream_weights != "off":
         failures += [f"{name}: {line}" for line in streamed_wrongly(name, text, estimator)]
     if not kernels:
@@ -190,19 +191,22 @@ def results(hlo: str) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
-def dense_copies(hlo: str, config: ModelConfig) -> list[str]:
+def dense_copies(hlo: str, micro: Micro) -> list[str]:
     """Each array of a weight's shape, of one layer or of several, that is too large to be there.
 
-    The most that a step may hold dense is one layer's largest matrix.
+    The most that a step may hold dense is one layer's largest matrix. The layers' inputs, which are
+    kept for the backward pass, can have the shape of a stack of weights.
     """
-    largest = max(math.prod(shape) for shape in linear_shapes(config).values())
-    matrices = {tuple(sorted(s)) for s in weight_shapes(config).values() if len(s) == 2}
-    layers = {config.num_hidden_layers * math.prod(shape) for shape in matrices}
+    shape, inputs = micro.shape, (micro.rows, micro.length, micro.shape.hidden_size)
+    largest = max(math.prod(sides) for sides in linear_shapes(shape).values())
+    matrices = {tuple(sorted(s)) for s in weight_shapes(shape).values() if len(s) == 2}
+    layers = {shape.num_hidden_layers * math.prod(sides) for sides in matrices}
     return [
-        f"the step holds {dtype}{list(shape)}, a dense weight larger than a layer's largest"
-        for dtype, shape in sorted(set(results(hlo)))
-        if dtype in ("bf16", "f16", "f32") and math.prod(shape) > largest
-        if tuple(sorted(shape[-2:])) in matrices or math.prod(shape) in layers
+        f"the step holds {dtype}{list(sides)}, a dense weight larger than a layer's largest"
+        for dtype, sides in sorted(set(results(hlo)))
+        if dtype in ("bf16", "f16", "f32") and math.prod(sides) > largest
+        if sides != (shape.num_hidden_layers, *inputs)
+        if tuple(sorted(sides[-2:])) in matrices or math.prod(sides) in layers
     ]
 
 

@@ -7,8 +7,8 @@ GPU = "rtx4090"
 PLACEMENTS = {
     ("off", "full"): "resident",
     ("on", "full"): "layers streamed",
-    ("on", "offload"): "and layer inputs",
-    ("all", "offload"): "and embedding, head",
+    ("on", "offload"): "+ layer inputs on the host",
+    ("all", "offload"): "+ embedding, head streamed",
 }
 
 
