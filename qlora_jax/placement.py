@@ -102,9 +102,10 @@ def free_device_bytes(device: jax.Device | None = None) -> int | None:
     return None if limit is None or used is None else max(0, limit - used)
 
 
-def used_device_bytes(device: jax.Device | None = None) -> int | None:
-    """What is allocated on `device` now, in bytes; None where the backend does not say."""
-    return memory_stat(device, "bytes_in_use")
+def passing_device_bytes(device: jax.Device | None = None) -> int | None:
+    """The peak so far without what is still there, in bytes; None where the backend keeps none."""
+    peak, used = memory_stat(device, "peak_bytes_in_use"), memory_stat(device, "bytes_in_use")
+    return None if peak is None or used is None else peak - used
 
 
 def peak_device_bytes(device: jax.Device | None = None) -> int | None:

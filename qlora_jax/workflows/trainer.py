@@ -25,31 +25,25 @@ from qlora_jax.data.dataset import Dataset
 from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.memory.planner import Plan
+from qlora_jax.memory.shapes import nbytes
 from qlora_jax.models import Decoder
 from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.models.layerwise import LayerwiseDecoder
-from qlora_jax.optim.paged import Paged, choose_paged
-from qlora_jax.optim.paged_adamw import ADAMW
 from qlora_jax.optim.schedules import schedule
-from qlora_jax.placement import (
-    free_device_bytes,
-    peak_device_bytes,
-    to_device,
-    used_device_bytes,
-)
-from qlora_jax.train import pipeline
+from qlora_jax.placement import passing_device_bytes, to_device
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss_scale import LossScale
-from qlora_jax.train.step import Sums, accumulate, finish, gradients, streamed_gradients
+from qlora_jax.train.step import Sums, accumulate, finish
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.batches import BatchSource
 from qlora_jax.workflows.header import header
 from qlora_jax.workflows.hub import repository
 from qlora_jax.workflows.recorder import Recorder
-from qlora_jax.workflows.room import explained, laid_out_for, refuse_too_large, streaming_of
+from qlora_jax.workflows.room import explained, laid_out_for, refuse_too_large
 from qlora_jax.workflows.run_folder import RunFolder, refuse_small_disk, write_json
 from qlora_jax.workflows.run_state import Counters, Identity, RunState, restore, save
 from qlora_jax.workflows.signals import Stopped, StopRequest, stop_requests
+from qlora_jax.workflows.step_programs import gradients_for, optimizer_for
 from qlora_jax.workflows.stream_guard import guarded
 
 if TYPE_CHECKING:
@@ -141,7 +135,9 @@ class Trainer:
         self.model, fault = guarded(model, self.remat)
         self.notes = (*config.notes, *notes, *fault)
         self.gradients = gradients_for(self.model, self.remat)
-        self.optimizer, self.memory_reason = self.choose_optimizer(optimizer, elementwise)
+        self.optimizer, self.memory_reason = optimizer_for(
+            self.lora, config, self.plan, self.learning_rate, optimizer, elementwise
+        )
         self.largest = 0  # tokens of the largest micro batch that has run
         self.key = jax.random.key(config.seed)
 
@@ -163,30 +159,6 @@ class Trainer:
                 "max_steps=1000",
             )
         return math.ceil(per_epoch * self.config.num_epochs)
-
-    def choose_optimizer(
-        self, transform: optax.GradientTransformation | None, elementwise: bool
-    ) -> tuple[Paged, str]:
-        """AdamW in 32 or 8 bits, or the user's own transform, and why its state is where it is."""
-        config, ours = self.config, transform is None
-        if ours:
-            transform = ADAMW[8 if config.optim == "paged_adamw_8bit" else 32](
-                self.learning_rate,
-                b1=config.adam_beta1,
-                b2=config.adam_beta2,
-                weight_decay=config.weight_decay,
-            )
-        optimizer, reason = choose_paged(
-            transform,
-            self.lora.params,
-            self.plan.choices.optim_memory if ours else config.optim_memory,
-            elementwise=ours or elementwise,
-            contracts=not ours,
-        )
-        if ours:
-            planned = self.plan.choices.optim_memory, self.plan.reasons["optim_memory"]
-            reason = "state on the {} ({})".format(*planned)
-        return optimizer, reason
 
     def fit(self, resume: str | Path | None = None) -> Run:
         """Runs to the end, or on from a checkpoint: `auto` for the newest, or its folder.
@@ -238,11 +210,10 @@ class Trainer:
         new = self.micro_batch(state, batch, 0)
         jax.block_until_ready(accumulate(jax.tree.map(jnp.zeros_like, new), new))
         del new
-        if free_device_bytes() is not None and self.config.optim_memory == "auto":
+        passing = passing_device_bytes()
+        if passing is not None and self.config.optim_memory == "auto":
             state.optimizer, self.memory_reason = self.optimizer.fit(
-                state.params,
-                state.optimizer,
-                reserved_bytes=peak_device_bytes() - used_device_bytes(),
+                state.params, state.optimizer, reserved_bytes=passing
             )
 
     def begin(self, folder: RunFolder, resume: str | Path | None) -> RunState:
@@ -417,20 +388,7 @@ class Trainer:
         return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
 
 
-def gradients_for(model: Decoder | LayerwiseDecoder, remat: str) -> Callable[..., Sums]:
-    """What computes a micro batch's gradients: one program, or one a layer."""
-    if isinstance(model, LayerwiseDecoder):
-        return pipeline.gradients
-    copies = streaming_of(model) != "off" or remat == "offload"
-    return streamed_gradients if copies else gradients
-
-
 def real_tokens(batch: Any) -> int:
     """Tokens of a batch that are not padding."""
     segments = batch.get("segment_ids")
     return int(batch["input_ids"].size if segments is None else (np.asarray(segments) > 0).sum())
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

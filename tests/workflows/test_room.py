@@ -41,7 +41,9 @@ def test_a_trainer_of_objects_is_refused_too(home, tmp_path, monkeypatch):
     given(monkeypatch, ENOUGH)
     run = opened(home, tmp_path / "run", max_steps=1)
     given(monkeypatch, 150_000_000)
-    again = trainer.Trainer(run.model, run.lora, batches_of(home, run.tokenizer), run.config, say=lambda line: None)
+    again = trainer.Trainer(
+        run.model, run.lora, batches_of(home, run.tokenizer), run.config, say=lambda line: None
+    )
     with pytest.raises(DoesNotFit, match="RUN-MEMORY"):
         again.fit()
     assert not (tmp_path / "run").exists()
