@@ -94,3 +94,9 @@ BLOCKS_GRADIENT_RTOL = {"bfloat16": 3e-3, "float16": 4e-4}
 # Temporaries of a step on a CPU, by the traced program against XLA's own figure: what XLA loses
 # between arrays of different sizes is not simulated.
 PLANNED_TEMPORARIES = 0.1
+
+# quantization.compensated: the same columns in float32 and by another formula in float64, where a
+# weight halfway between two codes may take the other one, and all columns behind it follow.
+COMPENSATED_LOSS_RTOL = 0.05
+# U H U^T against the identity in float64, H of condition 1e4.
+FACTOR_RTOL = 1e-9
