@@ -100,3 +100,5 @@ PLANNED_TEMPORARIES = 0.1
 COMPENSATED_LOSS_RTOL = 0.05
 # U H U^T against the identity in float64, H of condition 1e4.
 FACTOR_RTOL = 1e-9
+# models.moments: sums of 512 products in float32, of inputs behind a norm of another order of sums.
+MOMENTS_RTOL = 1e-3

@@ -174,7 +174,7 @@ def texts(
     args: argparse.Namespace, source: "Source", model: "Decoder", speaks: bool
 ) -> tuple["Into4Bits | None", "Text | None"]:
     """How to go back into 4 bits, and what to ask both models; `speaks`: there is a tokenizer."""
-    from qlora_jax.workflows.merge_4bit import Into4Bits
+    from qlora_jax.workflows.merge_4bit import Into4Bits, refuse_unfit
     from qlora_jax.workflows.open_as_trained import tokenizer_for
     from qlora_jax.workflows.texts import python_text, text_windows
 
@@ -189,4 +189,6 @@ def texts(
     if args.bits is None:
         return None, text
     method = args.method or ("compensated" if calibration else "requantize")
-    return Into4Bits(method, calibration), text
+    into = Into4Bits(method, calibration)
+    refuse_unfit(model, into)
+    return into, text

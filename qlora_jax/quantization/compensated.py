@@ -13,6 +13,7 @@ scale is chosen when its turn comes, from its weights as they are by then; block
 of a block, come in the order of their inputs' size, which changes nothing of how they are stored.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,42 +24,67 @@ from scipy.linalg import lapack
 
 from pallas_kernels.codebooks import DYNAMIC_SIGNED, codebook
 from pallas_kernels.quantize.api import DoubleQuantized, double_quantize
-from pallas_kernels.quantize.reference import NESTED_BLOCK, code_of, packed
+from pallas_kernels.quantize.reference import NESTED_BLOCK, chosen, code_of, packed
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: the paper's
 # A block's scale is tried as these parts of its largest magnitude.
-SHRINK = np.linspace(0.7, 1.05, 15, dtype=np.float32)
+SHRINK = np.linspace(0.75, 1.05, 9, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputCosts:
+    """What errors cost by a linear's inputs, ready for every matrix that takes them.
+
+    Attributes:
+      order: the columns in the order in which they are rounded.
+      factor: U in that order, float32.
+      block_size: weights that share a scale.
+    """
+
+    order: Int[np.ndarray, " in"]
+    factor: Float[np.ndarray, "in in"]
+    block_size: int
+
+    @staticmethod
+    def of(moments: Float[np.ndarray, "in in"], block_size: int = 64) -> "InputCosts":
+        """Those of H = X^T X.
+
+        Args:
+          moments: H, of more inputs than a row has weights: of fewer, codes fit these alone.
+          block_size: `in` is a multiple of it.
+
+        Raises:
+          ValueError: rows that are no whole blocks.
+        """
+        if len(moments) % block_size:
+            raise ValueError(f"in is {len(moments)}; expected a multiple of {block_size}, a block")
+        order = turns(np.diag(moments), block_size)
+        factor = inverse_factor(moments[np.ix_(order, order)], DAMPING)
+        return InputCosts(order, factor.astype(np.float32), block_size)
 
 
 def quantize_compensated(
     w: Float[np.ndarray, "out in"],
-    moments: Float[np.ndarray, "in in"],
+    costs: InputCosts,
     *,
     kind: str = "nf4",
-    block_size: int = 64,
     double_quant: bool = True,
 ) -> QuantizedTensor:
     """One matrix in 4 bits, its outputs near those of `w`; with NumPy leaves, stored as `quantize`.
 
-        moments = X.T @ X                               # X (tokens, in): inputs of this linear
-        tensor = quantize_compensated(w, moments)       # X @ tensor.dequantize().T is near X @ w.T
+        costs = InputCosts.of(X.T @ X)                # X (tokens, in): inputs of this linear
+        tensor = quantize_compensated(w, costs)       # X @ tensor.dequantize().T is near X @ w.T
 
     Args:
-      w: must be finite; rows are whole blocks.
-      moments: H, of more inputs than a row has weights: of fewer, it fits these and no others.
-      others: as for `quantize`.
-
-    Raises:
-      ValueError: rows that are no whole blocks.
+      w: must be finite.
+      costs: of its inputs.
+      kind, double_quant: as for `quantize`.
     """
     out, width = w.shape
-    if width % block_size:
-        raise ValueError(f"in is {width}; expected a multiple of block_size, {block_size}")
-    w = np.asarray(w, np.float32)
-    order = turns(np.diag(moments), block_size)
+    order, block_size = costs.order, costs.block_size
     blocks = order[::block_size] // block_size
-    factor = inverse_factor(moments[np.ix_(order, order)], DAMPING)
+    w = np.asarray(w, np.float32)
     absmax = np.abs(w.reshape(out, -1, block_size)).max(axis=-1)
     # Offset and nested scales are those of plain quantizing; a block chooses among 256 scales.
     grid, nested, offset = None, np.zeros_like(absmax), np.float32(0)
@@ -68,7 +94,7 @@ def quantize_compensated(
         nested = nested.reshape(absmax.shape)
     codes, scales = in_turn(
         w.T[order],
-        factor.astype(np.float32),
+        costs.factor,
         nested.T[blocks],
         offset,
         kind=kind,
@@ -130,7 +156,7 @@ def in_turn(
         here = jax.lax.dynamic_slice_in_dim(w, i * block_size, block_size)
         mine = jax.lax.dynamic_slice_in_dim(rows, i * block_size, block_size, axis=1)
         stored, scales = tried(jnp.abs(here).max(axis=0), nested, offset, double_quant)
-        best = costs(here, scales, jnp.diag(mine), kind).argmin(axis=0)
+        best = loss_of(here, scales, jnp.diag(mine), kind).argmin(axis=0)
         stored, scale = (jnp.take_along_axis(all_, best[None], 0)[0] for all_ in (stored, scales))
 
         def column(j, state):
@@ -167,7 +193,7 @@ def tried(
     return code, jnp.asarray(DYNAMIC_SIGNED)[code] * nested + offset
 
 
-def costs(
+def loss_of(
     w: Float[Array, "block out"],
     scales: Float[Array, "tries out"],
     diagonal: Float[Array, " block"],
@@ -179,7 +205,8 @@ def costs(
         left = w - nearest(w, scale, kind)[1]
         return jnp.square(left / diagonal[:, None]).sum(axis=0)
 
-    return jax.vmap(cost)(scales)
+    # One after the other: all at once would be an array for each.
+    return jax.lax.map(cost, scales)
 
 
 def nearest(
@@ -187,4 +214,5 @@ def nearest(
 ) -> tuple[UInt8[Array, "*columns out"], Float[Array, "*columns out"]]:
     """The codes nearest to w / scale, and their values; any code where the scale is 0."""
     code = code_of(w / jnp.where(scale == 0, 1, scale), kind)
-    return code, jnp.asarray(codebook(kind))[code] * scale
+    bits = [code & np.uint8(bit) > 0 for bit in (8, 4, 2, 1)]
+    return code, chosen(codebook(kind), bits) * scale

@@ -77,8 +77,8 @@ def measure(
 ) -> WeightError:
     """What `stored` lost of `dense`, both (*lead, out, in); one weight in memory at a time.
 
-    `stored` is 4-bit, or dense in another dtype. Errors are those of its float32 values. Sums are float32 along a row and float64
-    over the rows, so that a large matrix loses no digits.
+    `stored` is 4-bit, or dense in another dtype. Errors are those of its float32 values. Sums are
+    float32 along a row and float64 over the rows, so that a large matrix loses no digits.
     """
     packed = isinstance(stored, QuantizedTensor)
     shape = stored.lead + stored.shape if packed else stored.shape

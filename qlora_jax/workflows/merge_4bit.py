@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.quantize.api import DoubleQuantized
 from qlora_jax.adapters.adapter import Adapter, check_finite
@@ -25,7 +25,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder, ModelConfig
 from qlora_jax.models.families import linear_shapes, weight_shapes
 from qlora_jax.models.moments import TextInLayers
-from qlora_jax.quantization.compensated import quantize_compensated
+from qlora_jax.quantization.compensated import InputCosts, quantize_compensated
 from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.weight_names import HEAD, LAYERS
@@ -87,7 +87,7 @@ def merged_4bit(
       InputError: LORA-FINITE, MERGE-FINITE, MERGE-METHOD, MERGE-4BIT for a base that is not 4-bit,
         MERGE-CALIBRATION for a text that is missing or too short, MERGE-BLOCKS.
     """
-    check(model, how)
+    refuse_unfit(model, how)
     check_finite(adapter)
     text = TextInLayers(model, adapter, how.calibration.ids) if how.calibration else None
     return merge_each(model, adapter, text, jnp.dtype(dtype or model.dtype), on_merged)
@@ -104,60 +104,66 @@ def merge_each(
     weights, _ = with_saved(model, adapter)
     for name, own in weights.items():
         if not name.startswith(LAYERS):
-            yield (
-                name,
-                in_host(own) if isinstance(own, QuantizedTensor) else as_dtype(name, own, dtype),
-            )
+            yield name, written(name, own, dtype)
     stacked = {
         name.removeprefix(LAYERS): own for name, own in weights.items() if name.startswith(LAYERS)
     }
     for layer in range(model.config.num_hidden_layers):
-        held = {
-            inner: jax.tree.map(lambda leaf: leaf[layer], own) for inner, own in stacked.items()
-        }
+        held = {inner: one_layer(own, layer) for inner, own in stacked.items()}
         moments = {} if text is None else text.moments(held)
+        costs: dict[int, InputCosts] = {}
         for inner, own in held.items():
             name, target = module_path(layer, inner), inner.removesuffix(".weight")
             merged = merged_linear(adapter, target, layer, own)
-            if merged is not None and isinstance(own, QuantizedTensor):
-                wide = as_dtype(name, merged, np.dtype(np.float32))
-                packed = quantized_as(own, wide, moments.get(target))
-                if on_merged:
-                    on_merged(name, wide, packed, moments.get(target))
-                held[inner] = jax.tree.map(jnp.asarray, packed.prepack(own.layout))
-                yield name, packed
-            elif isinstance(own, QuantizedTensor):
-                yield name, in_host(own)
-            else:
+            if merged is None or not isinstance(own, QuantizedTensor):
                 held[inner] = own if merged is None else merged
-                yield name, as_dtype(name, held[inner], dtype)
+                yield name, written(name, held[inner], dtype)
+                continue
+            wide = as_dtype(name, merged, np.dtype(np.float32))
+            inputs = moments.get(target)
+            if inputs is not None and id(inputs) not in costs:  # q, k and v have the same
+                costs[id(inputs)] = InputCosts.of(inputs, own.block_size)
+            packed = quantized_as(own, wide, costs.get(id(inputs)))
+            if on_merged:
+                on_merged(name, wide, packed, inputs)
+            held[inner] = jax.tree.map(jnp.asarray, packed.prepack(own.layout))
+            yield name, packed
         if text is not None:
             text.advance(held)
 
 
+def one_layer(own: Array | QuantizedTensor, layer: int) -> Array | QuantizedTensor:
+    """One layer of a stacked weight."""
+    return jax.tree.map(lambda leaf: leaf[layer], own)
+
+
+def written(
+    name: str, own: Array | QuantizedTensor, dtype: np.dtype
+) -> np.ndarray | QuantizedTensor:
+    """A weight as it is written: 4-bit as it is, with NumPy leaves and in bitsandbytes' order."""
+    if isinstance(own, QuantizedTensor):
+        return jax.tree.map(np.asarray, own.unpack())
+    return as_dtype(name, own, dtype)
+
+
 def quantized_as(
-    like: QuantizedTensor, w: Float[np.ndarray, "out in"], moments: np.ndarray | None
+    like: QuantizedTensor, w: Float[np.ndarray, "out in"], costs: InputCosts | None
 ) -> QuantizedTensor:
-    """A matrix in 4 bits as another one is stored, by the moments of its inputs if they are known."""
-    how = {
-        "kind": like.kind,
-        "block_size": like.block_size,
-        "double_quant": isinstance(like.absmax, DoubleQuantized),
-    }
-    if moments is None:
-        packed = quantize_in_pieces(np.ascontiguousarray(w), **how)
+    """A matrix in 4 bits as another one is stored, by what errors cost where that is known."""
+    how = {"kind": like.kind, "double_quant": isinstance(like.absmax, DoubleQuantized)}
+    if costs is None:
+        packed = quantize_in_pieces(np.ascontiguousarray(w), block_size=like.block_size, **how)
     else:
-        packed = quantize_compensated(w, moments, **how)
+        packed = quantize_compensated(w, costs, **how)
     return dataclasses.replace(packed, dtype=like.dtype)
 
 
-def in_host(tensor: QuantizedTensor) -> QuantizedTensor:
-    """A 4-bit weight with NumPy leaves, its codes in bitsandbytes' order."""
-    return jax.tree.map(np.asarray, tensor.unpack())
+def refuse_unfit(model: Decoder, how: Into4Bits) -> None:
+    """Refuses what cannot be merged into 4 bits in this way; also asked before minutes of work.
 
-
-def check(model: Decoder, how: Into4Bits) -> None:
-    """Refuses what cannot be merged into 4 bits in this way."""
+    Raises:
+      InputError: MERGE-4BIT, MERGE-METHOD, MERGE-CALIBRATION, MERGE-BLOCKS.
+    """
     packed, text = packed_linears(model), how.calibration
     if not packed:
         found, hint = "the base is not 4-bit", "--quantization nf4, or a merge without --bits"
