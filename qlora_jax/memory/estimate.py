@@ -3,7 +3,7 @@
     device    weights that live there, adapter, gradients, optimizer state
               + temporaries of one micro batch's gradients: activations, loss, workspace
     host      weights that are streamed, optimizer state that is paged, layer inputs that are kept
-              there, what reading the files takes, and the process itself
+              there, the adapter as it began, what reading the files takes, and the process itself
 
 Shapes say the first exactly; temporaries come from the traced program (liveness.py). The step's
 other half, the update, is smaller but for pages of state that pass through: the larger half counts.
@@ -36,10 +36,13 @@ OWNERS = (
     *("base", "scales", "adapter", "gradients", "optimizer", "activations", "loss", "workspace"),
     *("loading", "process"),
 )
+PAGEABLE = ("adapter", "loading", "process")
 
-# Python with jax, flax and this package loaded is 0.20 GB (seen on Linux, jax 0.12); CUDA's driver
-# and libraries, which are mapped and touched, add about 1.3 GB.
-PROCESS, PROCESS_CUDA = 200_000_000, 1_500_000_000
+# A run without its arrays and programs, seen on Linux with jax 0.12: Python with jax, flax and this
+# package 0.21 GB, transformers and datasets 0.11, the tokenizer, its rows, orbax and matplotlib 0.07.
+# CUDA's driver and libraries, which are mapped and touched, add about 1.3 GB.
+PROCESS = 390_000_000
+PROCESS_CUDA = PROCESS + 1_300_000_000
 # What XLA's compiler keeps for each traced operation: 0.21 to 0.26 MB in programs of 1,100 to 2,300
 # operations on a CPU (docs/log.md).
 COMPILED_OPERATION = 240_000
@@ -81,7 +84,7 @@ class Estimate:
     @property
     def pinned_bytes(self) -> int:
         """Those of the host's that are pinned."""
-        return self.host_bytes - self.host["loading"] - self.host["process"]
+        return sum(self.host.values()) - sum(self.host[owner] for owner in PAGEABLE)
 
 
 class Estimator:
@@ -171,6 +174,7 @@ class Estimator:
         host = {
             "base": base,
             "scales": scales,
+            "adapter": self.params,  # as the run began; what is trained is a copy
             "optimizer": self.state - resident,
             "activations": kept if offloaded else 0,
             "workspace": 0 if self.on_gpu else self.compiling(stream, policy),

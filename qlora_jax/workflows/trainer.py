@@ -115,7 +115,9 @@ class Trainer:
             raise InputError(
                 "RUN-FOLDER", "output_dir", "missing", "a folder", "output_dir=out/run"
             )
-        self.lora, self.config, self.tokenizer = lora, config, tokenizer
+        # In host memory: what is trained is a copy, and a GPU need not hold both.
+        self.lora = jax.tree.map(np.asarray, lora)
+        self.config, self.tokenizer = config, tokenizer
         self.eval_data, self.say = eval_data, say
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         if eval_data is None:
@@ -201,15 +203,17 @@ class Trainer:
         return self.end(state, folder, recorder)
 
     def make_room(self, state: RunState, batch: Any) -> None:
-        """Runs the largest micro batch so far once, for nothing, beside a sum of earlier ones.
+        """Runs the largest micro batch so far once, for nothing, beside the sum of those before it.
 
         So memory runs out before the first step or not at all. What is free then tells how much of
         the optimizer's state may stay on the device.
         """
         self.largest = batch["input_ids"].size
-        new = self.micro_batch(state, batch, 0)
-        jax.block_until_ready(accumulate(jax.tree.map(jnp.zeros_like, new), new))
-        del new
+        sums = self.micro_batch(state, batch, 0)
+        if self.config.gradient_accumulation_steps > 1:
+            sums = accumulate(sums, self.micro_batch(state, batch, 0))
+        jax.block_until_ready(sums)
+        del sums
         passing = passing_device_bytes()
         if passing is not None and self.config.optim_memory == "auto":
             state.optimizer, self.memory_reason = self.optimizer.fit(
@@ -220,7 +224,7 @@ class Trainer:
         """The state of step 0, or that of a checkpoint."""
         # A copy, for updates donate what they get; committed, or the programs that take it would be
         # compiled again after the first update.
-        params = to_device(jax.tree.map(lambda a: a.copy(), self.lora.params))
+        params = to_device(jax.tree.map(jnp.array, self.lora.params))
         scale = LossScale.for_dtype(self.model.dtype)
         state = RunState(params, self.optimizer.init(params), Counters(loss_scale=scale))
         self.identity = Identity.of(

@@ -55,6 +55,7 @@ from qlora_jax.memory import process
 from qlora_jax.errors import DoesNotFit
 from qlora_jax.workflows.training import open_run
 from qlora_jax.train.config import TrainConfig
+from transformers import PreTrainedTokenizerFast  # imported now: what it takes is not the run's
 import jax
 jax.devices()
 limit = process.address_space() + 150_000_000
