@@ -80,7 +80,7 @@ class TrainConfig(BaseModel):
     alpha_pattern: dict[str, Positive] = {}
     use_rslora: bool = False
     use_dora: bool = False
-    init: Literal["default"] = "default"
+    init: Literal["default", "loftq"] = "default"
     modules_to_save: list[Literal[*SAVED]] = []
 
     # data
@@ -98,6 +98,7 @@ class TrainConfig(BaseModel):
 
     # training
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    loraplus_lr_ratio: Positive | None = None
     lr_scheduler: Literal[*SCHEDULES] = "constant"
     warmup_ratio: Share = 0.03
     batch_size: Count = 1

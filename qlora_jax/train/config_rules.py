@@ -125,6 +125,20 @@ CONTRADICTIONS = (
         "full or offload with stream_weights disk",
         "gradient_checkpointing=offload",
     ),
+    Contradiction(
+        "init",
+        lambda s: s["init"] == "loftq" and s["load_in_4bit"] is False,
+        "makes up for what 4 bits lost, and load_in_4bit is false",
+        "default where nothing is lost",
+        "load_in_4bit=true",
+    ),
+    Contradiction(
+        "init",
+        lambda s: s["init"] == "loftq" and s["use_dora"] is True,
+        "with DoRA, whose lengths of rows are those of the base alone",
+        "default with use_dora",
+        "use_dora=false",
+    ),
 )
 
 
@@ -142,9 +156,9 @@ def is_word(*words: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in words
 
 
-def is_other_than(*words: str) -> Callable[[Any], bool]:
-    """Whether a value is a word, and none of these."""
-    return lambda value: isinstance(value, str) and value not in words
+def is_named(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is one of these words, or one of them with more behind it."""
+    return lambda value: isinstance(value, str) and value.startswith(words)
 
 
 UNSUPPORTED = (
@@ -156,9 +170,15 @@ UNSUPPORTED = (
     ),
     Unsupported(
         "init",
-        is_other_than("default"),
-        "A and B begin as PEFT's default, no other way yet",
-        "init=default",
+        is_named("pissa"),
+        "it changes the base, which a run leaves as it is",
+        "qlora-jax quantize MODEL OUT --init pissa, then model=OUT and adapter=OUT/adapter",
+    ),
+    Unsupported(
+        "init",
+        is_named("gaussian", "eva", "olora", "orthogonal", "corda", "lora_ga", "mica"),
+        "A and B begin as PEFT's default or as LoftQ's",
+        "init=default or init=loftq",
     ),
     Unsupported(
         "report_to",

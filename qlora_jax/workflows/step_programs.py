@@ -42,6 +42,7 @@ def optimizer_for(
         b1=config.adam_beta1,
         b2=config.adam_beta2,
         weight_decay=config.weight_decay,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
     memory = plan.choices.optim_memory
     optimizer, _ = choose_paged(adamw, lora.params, memory, elementwise=True, contracts=False)
