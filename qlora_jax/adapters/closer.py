@@ -1,6 +1,6 @@
 """Adapters that begin closer to the dense model than its 4 bits alone: PiSSA and LoftQ.
 
-    W = dense            Q = quantized, as bitsandbytes quantizes         s = alpha / r, or / sqrt(r)
+    W = dense        Q = quantized, as bitsandbytes quantizes        s = alpha / r, or / sqrt(r)
 
     pissa   s B A = SVD_r(W)        Q = quantize(W - s B A)     the largest directions are trained
     loftq   Q = quantize(W)         s B A = SVD_r(W - Q)        what 4 bits lost is made up for
@@ -44,7 +44,7 @@ class Closer:
       seed: of the randomized decomposition.
 
     Raises:
-      InputError: INIT-NAME, INIT-ITERATIONS.
+      InputError: INIT-NAME, INIT-ITERATIONS, INIT-SEED.
 
     Source: Meng and others 2024, arXiv 2404.02948 (section 4 for the iterations of QPiSSA); Li and
     others 2023, arXiv 2310.08659, algorithm 1.
@@ -63,6 +63,8 @@ class Closer:
         if not 1 <= self.iterations <= MAX_ITERATIONS:
             expected = f"a whole number from 1 to {MAX_ITERATIONS}"
             raise InputError("INIT-ITERATIONS", "iterations", f"{self.iterations}", expected)
+        if self.seed < 0:
+            raise InputError("INIT-SEED", "seed", f"{self.seed}", "a whole number from 0")
 
     @property
     def method(self) -> str:

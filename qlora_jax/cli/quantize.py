@@ -82,7 +82,10 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.init is not None:
         together, alone = (100 * error.relative_error for error in (report.total, report.plain))
-        print(f"adapter    {args.out}/adapter ({args.init}): train it with model={args.out}")
+        folder = f"{args.out}/adapter"
+        print(
+            f"adapter    {folder} ({args.init}): train with model={args.out} and adapter={folder}"
+        )
         print(f"closer     {together:.2f}% from the model, 4 bits alone {alone:.2f}%")
     if args.kind == "int4":
         print("note       int4 is read here alone: bitsandbytes and transformers know nf4 and fp4")

@@ -1,7 +1,7 @@
 """Writes or makes adapters that begin closer to the dense model: PiSSA and LoftQ.
 
-    quantize_closer   MODEL -> OUT, its 4 bits chosen with the adapter, and OUT/adapter, its beginning
-    loftq             an adapter for 4 bits that stay as they are, from the dense weights they lost
+    quantize_closer   MODEL -> OUT, 4 bits chosen with an adapter, and OUT/adapter, its beginning
+    loftq             an adapter for 4 bits that stay as they are, from the dense weights
 
 Dense weights are read one at a time and dropped, so that peak memory is about four of them in
 float32 and, of the exact decomposition, two square matrices of their shorter side in float64.
@@ -212,8 +212,11 @@ def loftq(lora: Adapter, model: Decoder | LayerwiseDecoder, path: str | Path) ->
             for name in loader.table[stacked]:
                 _, layer, rank, scale = place_of(name, spec)
                 if rank:
-                    kept = np.asarray(weights[stacked][layer].dequantize("float32"))
-                    put(params[target], layer, *low_rank(loader.read(name) - kept, rank, scale))
+                    own = jax.tree.map(
+                        np.asarray, weights[stacked][layer]
+                    )  # from wherever it lives
+                    lost = loader.read(name) - np.asarray(own.dequantize("float32"))
+                    put(params[target], layer, *low_rank(lost, rank, scale))
     new = {name: jax.tree.map(jnp.asarray, own) for name, own in params.items()}
     return Adapter({**lora.params, **new}, spec)
 

@@ -1,4 +1,4 @@
-"""Closer beginnings from files to files: 4-bit folder and adapter belong together, wherever opened."""
+"""Closer beginnings from files to files: a 4-bit folder and the adapter that belongs to it."""
 
 import json
 
@@ -124,11 +124,11 @@ def test_training_begins_with_it_and_goes_on_exactly(home, tmp_path):
     run("parts", resume="auto")
     runs.assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
     assert whole.lora.spec.r == 4
-    with pytest.raises(ConfigMismatch, match="loraplus_lr_ratio 4.0 -> 8.0"):
+    with pytest.raises(ConfigMismatch, match=r"loraplus_lr_ratio 4\.0 -> 8\.0"):
         run("parts", resume="auto", loraplus_lr_ratio=8.0, max_steps=5)
-    slow = run("slow", loraplus_lr_ratio=None)
+    slow = run("slow", loraplus_lr_ratio=None, max_steps=3)
     assert slow.metrics[0]["loss"] == whole.metrics[0]["loss"]
-    assert slow.metrics[-1]["loss"] != whole.metrics[-1]["loss"]
+    assert slow.metrics[-1]["loss"] != whole.metrics[2]["loss"]
 
 
 def test_a_new_adapter_on_what_pissa_left_is_refused(home, tmp_path):
