@@ -3,7 +3,8 @@
     scale B A = U_r diag(s_r) V_r^T        the singular value decomposition of W, its first r terms
     B = U_r diag(sqrt(s_r / scale))        A = diag(sqrt(s_r / scale)) V_r^T
 
-Of one matrix (4096, 4096) in float32, r = 16, on two cores: see docs/log.md for what the ways take.
+Seconds of one core for a matrix (1536, 1536), r = 16: LAPACK's decomposition of all of it 1.99, the
+exact way here 0.36, by random directions and 16 power iterations 0.12.
 """
 
 import numpy as np

@@ -114,6 +114,16 @@ class Contradiction(NamedTuple):
     hint: str
 
 
+def is_word(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is one of these words."""
+    return lambda value: isinstance(value, str) and value in words
+
+
+def is_named(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is one of these words, or one of them with more behind it."""
+    return lambda value: isinstance(value, str) and value.startswith(words)
+
+
 CONTRADICTIONS = (
     Contradiction(
         "gradient_checkpointing",
@@ -127,14 +137,14 @@ CONTRADICTIONS = (
     ),
     Contradiction(
         "init",
-        lambda s: s["init"] == "loftq" and s["load_in_4bit"] is False,
+        lambda s: is_named("loftq")(s["init"]) and s["load_in_4bit"] is False,
         "makes up for what 4 bits lost, and load_in_4bit is false",
         "default where nothing is lost",
         "load_in_4bit=true",
     ),
     Contradiction(
         "init",
-        lambda s: s["init"] == "loftq" and s["use_dora"] is True,
+        lambda s: is_named("loftq")(s["init"]) and s["use_dora"] is True,
         "with DoRA, whose lengths of rows are those of the base alone",
         "default with use_dora",
         "use_dora=false",
@@ -149,16 +159,6 @@ class Unsupported(NamedTuple):
     when: Callable[[Any], bool]
     why: str
     hint: str
-
-
-def is_word(*words: str) -> Callable[[Any], bool]:
-    """Whether a value is one of these words."""
-    return lambda value: isinstance(value, str) and value in words
-
-
-def is_named(*words: str) -> Callable[[Any], bool]:
-    """Whether a value is one of these words, or one of them with more behind it."""
-    return lambda value: isinstance(value, str) and value.startswith(words)
 
 
 UNSUPPORTED = (

@@ -179,7 +179,14 @@ class Beginning:
         )
 
 
-def loftq(lora: Adapter, model: Decoder | LayerwiseDecoder, path: str | Path) -> Adapter:
+def loftq(
+    lora: Adapter,
+    model: Decoder | LayerwiseDecoder,
+    path: str | Path,
+    *,
+    niter: int | None = None,
+    seed: int = 0,
+) -> Adapter:
     """An adapter as `lora`, with A and B that make up for what 4 bits lost of the dense weights.
 
         lora = ql.loftq(ql.init_lora(model, r=16, alpha=16, key=key), model, "path/to/dense")
@@ -190,6 +197,7 @@ def loftq(lora: Adapter, model: Decoder | LayerwiseDecoder, path: str | Path) ->
       lora: gives targets, ranks and scales; modules_to_save stay as they are.
       model: the 4-bit base.
       path: the model that was quantized: a dense Hugging Face folder, a .gguf, or an id of the Hub.
+      niter, seed: power iterations of a randomized decomposition; None is exact.
 
     Raises:
       InputError: INIT-SOURCE, `path` is 4-bit or another model; INIT-DENSE, `model` is dense;
@@ -216,7 +224,8 @@ def loftq(lora: Adapter, model: Decoder | LayerwiseDecoder, path: str | Path) ->
                         np.asarray, weights[stacked][layer]
                     )  # from wherever it lives
                     lost = loader.read(name) - np.asarray(own.dequantize("float32"))
-                    put(params[target], layer, *low_rank(lost, rank, scale))
+                    halves = low_rank(lost, rank, scale, niter=niter, seed=(seed, number_of(name)))
+                    put(params[target], layer, *halves)
     new = {name: jax.tree.map(jnp.asarray, own) for name, own in params.items()}
     return Adapter({**lora.params, **new}, spec)
 
@@ -232,7 +241,7 @@ def refuse_beginning(config: TrainConfig, source: Source, spec: LoraSpec) -> Non
         found = "is what PiSSA left of a model: without the adapter beside it, it is none"
         hint = f"adapter={source.path}/{ADAPTER}"
         raise InputError("INIT-RESIDUAL", source.path, found, "that adapter", hint)
-    if config.init == "loftq":
+    if config.init != "default":
         shape = ModelConfig.from_dict(source.config, str(source.path))
         refuse_no_loftq(source, spec, module_shapes(shape), shape.num_hidden_layers)
 

@@ -46,4 +46,6 @@ def optimizer_for(
     )
     memory = plan.choices.optim_memory
     optimizer, _ = choose_paged(adamw, lora.params, memory, elementwise=True, contracts=False)
-    return optimizer, f"state on the {memory} ({plan.reasons['optim_memory']})"
+    ratio = config.loraplus_lr_ratio
+    told = "" if ratio is None else f"; LoRA+, B at {ratio:g} times the learning rate"
+    return optimizer, f"state on the {memory} ({plan.reasons['optim_memory']}){told}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.closer import Closer
 from qlora_jax.adapters.init import init_adapter
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints.gguf import GGUF
@@ -165,7 +166,10 @@ def begin(config: TrainConfig, model: Decoder | LayerwiseDecoder, spec: LoraSpec
     """A new adapter of this spec; without one, the adapter that the run goes on from."""
     if spec is not None:
         lora = init_adapter(model, spec, jax.random.key(config.seed))
-        return loftq(lora, model, config.model) if config.init == "loftq" else lora
+        if config.init == "default":
+            return lora
+        niter = Closer(config.init).niter
+        return loftq(lora, model, config.model, niter=niter, seed=config.seed)
     lora = load_adapter(config.adapter, model)
     if "lora_dropout" not in config.model_fields_set:
         return lora

@@ -167,13 +167,13 @@ def test_loftq_needs_something_that_was_lost():
     found, text = problems(lambda: TrainConfig(init="loftq", use_dora=True))
     assert found == {("CFG-TOGETHER", "init")}
     assert "use_dora=false" in text
-    assert TrainConfig(init="loftq", use_rslora=True)
+    assert TrainConfig(init="loftq_niter_16", use_rslora=True)
 
 
 def test_pissa_names_the_command_that_makes_it():
     _, text = problems(lambda: TrainConfig(init="pissa"))
     assert "Try: qlora-jax quantize MODEL OUT --init pissa, then model=OUT" in text
-    with pytest.raises(InputError, match=r"'lofq' .expected one of default, loftq"):
+    with pytest.raises(InputError, match=r"'lofq' .expected default, loftq, or loftq_niter_N"):
         TrainConfig(init="lofq")
 
 
