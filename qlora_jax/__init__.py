@@ -31,6 +31,7 @@ HOMES = {
     "load_adapter": "qlora_jax.workflows.adapter_folder",
     "load_dataset": "qlora_jax.data",
     "load_orbax": "qlora_jax.checkpoints.orbax_io",
+    "loftq": "qlora_jax.workflows.closer",
     "loss_fn": "qlora_jax.train",
     "measure": "qlora_jax.quantization.report",
     "merge": "qlora_jax.workflows.merge",

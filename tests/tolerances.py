@@ -94,3 +94,10 @@ BLOCKS_GRADIENT_RTOL = {"bfloat16": 3e-3, "float16": 4e-4}
 # Temporaries of a step on a CPU, by the traced program against XLA's own figure: what XLA loses
 # between arrays of different sizes is not simulated.
 PLANNED_TEMPORARIES = 0.1
+
+# golden init: float32 decompositions, ours of a Gram matrix in float64, of matrices of size near
+# 0.1 whose singular values are a hundredth apart at the least.
+INIT_DELTA_ATOL = 1e-5
+INIT_LENGTH_RTOL = 1e-5
+# low_rank against NumPy's decomposition in float64: float32 products and results of values near 4.
+LOW_RANK_ATOL = 1e-5
