@@ -14,6 +14,7 @@ HOMES = {
     "Dataset": "qlora_jax.data",
     "Decoder": "qlora_jax.models",
     "InputError": "qlora_jax.errors",
+    "Into4Bits": "qlora_jax.workflows.merge_4bit",
     "Loader": "qlora_jax.data",
     "LoraSpec": "qlora_jax.adapters",
     "ModelConfig": "qlora_jax.models",
@@ -23,6 +24,7 @@ HOMES = {
     "QuantizedTensor": "qlora_jax.quantization",
     "Report": "qlora_jax.quantization.report",
     "Run": "qlora_jax.workflows.trainer",
+    "Text": "qlora_jax.workflows.texts",
     "TrainConfig": "qlora_jax.train.config",
     "Trainer": "qlora_jax.workflows.trainer",
     "generate": "qlora_jax.inference",
@@ -42,6 +44,7 @@ HOMES = {
     "save_orbax": "qlora_jax.checkpoints.orbax_io",
     "save_quantized": "qlora_jax.checkpoints",
     "schedule": "qlora_jax.optim",
+    "text_windows": "qlora_jax.workflows.texts",
     "windows": "qlora_jax.evaluation",
 }
 __all__ = sorted(HOMES)

@@ -101,3 +101,10 @@ INIT_DELTA_ATOL = 1e-5
 INIT_LENGTH_RTOL = 1e-5
 # low_rank against NumPy's decomposition in float64: float32 products and results of values near 4.
 LOW_RANK_ATOL = 1e-5
+# quantization.compensated: the same columns in float32 and by another formula in float64, where a
+# weight halfway between two codes may take the other one, and all columns behind it follow.
+COMPENSATED_LOSS_RTOL = 0.05
+# U H U^T against the identity in float64, H of condition 1e4.
+FACTOR_RTOL = 1e-9
+# models.moments: sums of 512 products in float32, of inputs behind a norm of another order of sums.
+MOMENTS_RTOL = 1e-3

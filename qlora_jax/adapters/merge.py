@@ -6,7 +6,7 @@ default, and changes answers.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -20,6 +20,8 @@ from qlora_jax.adapters.spec import SAVED, module_path
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS
+
+OnMerged = Callable[[str, Array, np.ndarray], None]
 
 
 @runtime_checkable
@@ -66,6 +68,7 @@ def merged_weights(
     base: str = "dequantized",
     source: Originals | None = None,
     dtype: str | None = None,
+    on_merged: OnMerged | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The weights of the merged model by Hugging Face name, each made when it is asked for.
 
@@ -76,6 +79,8 @@ def merged_weights(
         `source`.
       source: reads the original weights; for `base="original"` only.
       dtype: of the arrays that come out; the model's by default.
+      on_merged: called with each weight that the adapter changes: its name, W + scale * B A in
+        float32, and what comes out.
 
     Raises:
       InputError: the adapter holds NaN or infinity, or a merged weight is too large for `dtype`.
@@ -86,36 +91,66 @@ def merged_weights(
         found = f"base={base!r} {'with' if source else 'without'} a source of original weights"
         raise InputError("MERGE-BASE", "merge: base", found, "a source with 'original', only")
     check_finite(adapter)
-    return merge_each(model, adapter, source, jnp.dtype(dtype or model.dtype))
+    return merge_each(model, adapter, source, jnp.dtype(dtype or model.dtype), on_merged)
 
 
 def merge_each(
-    model: Mergeable, adapter: Adapter, source: Originals | None, dtype: np.dtype
+    model: Mergeable,
+    adapter: Adapter,
+    source: Originals | None,
+    dtype: np.dtype,
+    on_merged: OnMerged | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """`merged_weights` once its arguments are checked."""
-    params, spec = adapter.params, adapter.spec
-    saved = {f"{SAVED[name]}.weight": params[name]["weight"] for name in spec.modules_to_save}
-    weights = dict(model.weights())
-    origin = {name: name for name in weights}
-    if saved and HEAD not in weights:
-        weights[HEAD], origin[HEAD] = weights[EMBEDDINGS], EMBEDDINGS  # tied no longer
+    weights, origin = with_saved(model, adapter)
     for stacked, held in weights.items():
         inner = stacked.removeprefix(LAYERS)
         if inner == stacked:
-            own = saved.get(stacked)
-            if own is None:
-                own = held if source is None else source.read(origin[stacked])
-            yield stacked, as_dtype(stacked, dense(own), dtype)
+            read = source is not None and stacked in origin
+            yield stacked, as_dtype(stacked, source.read(origin[stacked]) if read else held, dtype)
             continue
         target = inner.removesuffix(".weight")
         for layer in range(layers_of(held)):
             name = module_path(layer, inner)
-            weight = dense(held[layer] if source is None else source.read(name))
-            if target in params and spec.ranks(target)[layer]:
-                A, B = adapter.layer(target, layer)
-                m = params[target]["m"][layer] if spec.use_dora else None
-                weight = merge_weight(weight, A, B, float(spec.scales(target)[layer]), m)
-            yield name, as_dtype(name, weight, dtype)
+            weight = held[layer] if source is None else source.read(name)
+            merged = merged_linear(adapter, target, layer, weight)
+            written = as_dtype(name, weight if merged is None else merged, dtype)
+            if on_merged and merged is not None:
+                on_merged(name, merged, written)
+            yield name, written
+
+
+def with_saved(
+    model: Mergeable, adapter: Adapter
+) -> tuple[dict[str, Array | QuantizedTensor], dict[str, str]]:
+    """Every weight by its stacked name, saved modules in the place of the base's.
+
+    Returns:
+      The weights, and for those that are the base's the name under which a source has them: a head
+      that is tied no longer is the embedding.
+    """
+    spec = adapter.spec
+    saved = {
+        f"{SAVED[name]}.weight": adapter.params[name]["weight"] for name in spec.modules_to_save
+    }
+    weights = dict(model.weights())
+    origin = {name: name for name in weights}
+    if saved and HEAD not in weights:
+        weights[HEAD], origin[HEAD] = weights[EMBEDDINGS], EMBEDDINGS
+    origin = {name: own for name, own in origin.items() if name not in saved}
+    return weights | saved, origin
+
+
+def merged_linear(
+    adapter: Adapter, target: str, layer: int, weight: Array | np.ndarray | QuantizedTensor
+) -> Float[Array, "out in"] | None:
+    """One linear's weight with its adapter, float32; None where it has none."""
+    params, spec = adapter.params, adapter.spec
+    if target not in spec.targets or not spec.ranks(target)[layer]:
+        return None
+    A, B = adapter.layer(target, layer)
+    m = params[target]["m"][layer] if spec.use_dora else None
+    return merge_weight(dense(weight), A, B, float(spec.scales(target)[layer]), m)
 
 
 def merged_config[Config](config: Config, adapter: Adapter) -> Config:
@@ -137,11 +172,13 @@ def dense(weight: Array | np.ndarray | QuantizedTensor) -> Array | np.ndarray:
     return weight
 
 
-def as_dtype(name: str, weight: Array | np.ndarray, dtype: np.dtype) -> np.ndarray:
+def as_dtype(
+    name: str, weight: Array | np.ndarray | QuantizedTensor, dtype: np.dtype
+) -> np.ndarray:
     """`weight` on the host in `dtype`, refused when that makes it infinite."""
     # Overflow is looked for below and named; numpy's warning would name nothing.
     with np.errstate(over="ignore"):
-        array = np.asarray(weight).astype(dtype)
+        array = np.asarray(dense(weight)).astype(dtype)
     if not np.isfinite(array).all():
         found = f"not finite in {dtype.name} after merging"
         raise InputError("MERGE-FINITE", name, found, hint="bfloat16 or float32 for the result")

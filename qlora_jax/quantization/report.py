@@ -71,20 +71,24 @@ class WeightError:
 
 
 def measure(
-    name: str, dense: Float[Array | np.ndarray, "..."], quantized: QuantizedTensor
+    name: str,
+    dense: Float[Array | np.ndarray, "..."],
+    stored: QuantizedTensor | Float[Array | np.ndarray, "..."],
 ) -> WeightError:
-    """What `quantized` lost of `dense`, both (*lead, out, in); one weight in memory at a time.
+    """What `stored` lost of `dense`, both (*lead, out, in); one weight in memory at a time.
 
-    Errors are those of the float32 dequantized values. Sums are float32 along a row and float64
-    over the rows, so that a large matrix loses no digits.
+    `stored` is 4-bit, or dense in another dtype. Errors are those of its float32 values. Sums are
+    float32 along a row and float64 over the rows, so that a large matrix loses no digits.
     """
-    if tuple(dense.shape) != quantized.lead + quantized.shape:
-        raise ValueError(f"{name}: dense is {dense.shape}, quantized {quantized.shape}")
-    largest, error, weight = jax.device_get(row_sums(dense, quantized))
+    packed = isinstance(stored, QuantizedTensor)
+    shape = stored.lead + stored.shape if packed else stored.shape
+    if tuple(dense.shape) != tuple(shape):
+        raise ValueError(f"{name}: dense is {dense.shape}, stored {shape}")
+    largest, error, weight = jax.device_get(row_sums(dense, stored))
     return WeightError(
         name=name,
         parameters=dense.size,
-        nbytes=quantized.nbytes,
+        nbytes=stored.nbytes,
         max_error=float(largest),
         squared_error=float(error.sum(dtype=np.float64)),
         squared_weight=float(weight.sum(dtype=np.float64)),
@@ -92,10 +96,11 @@ def measure(
 
 
 @jax.jit
-def row_sums(dense, quantized: QuantizedTensor):
+def row_sums(dense, stored):
     """The largest |e|, and e^2 and w^2 summed along each row."""
     w = jnp.asarray(dense).astype(jnp.float32)
-    e = quantized.dequantize(jnp.float32) - w
+    packed = isinstance(stored, QuantizedTensor)
+    e = (stored.dequantize(jnp.float32) if packed else stored.astype(jnp.float32)) - w
     return jnp.abs(e).max(initial=0), (e * e).sum(axis=-1), (w * w).sum(axis=-1)
 
 

@@ -1,60 +1,50 @@
 """A checked merge: the written model is opened again and must answer as base + adapter does.
 
 The base is that which was merged into. Merging into the original weights of a base that was trained
-on in 4 bits changes answers however well it is done: by how much is measured apart, and told.
+on in 4 bits changes answers however well it is done: by how much is measured apart, and told. So
+does merging back into 4 bits, which is why perplexity is measured too.
 """
 
 import dataclasses
 import itertools
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.merge import merged_config, merged_weights
+from qlora_jax.adapters.residual import residual_adapter, residual_pair
+from qlora_jax.checkpoints.atomic import refuse_existing, write_file
 from qlora_jax.checkpoints.load import Source, source_dtype
 from qlora_jax.checkpoints.merged import save_merged
+from qlora_jax.checkpoints.names import split
+from qlora_jax.checkpoints.peft import EXTRA
+from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES
 from qlora_jax.errors import Note, StorageError
 from qlora_jax.models import Decoder
+from qlora_jax.quantization.report import Report, WeightError, measure
 from qlora_jax.quantization.tensor import QuantizedTensor
-from qlora_jax.workflows.merge import refuse_packed
+from qlora_jax.weight_names import LAYERS
+from qlora_jax.workflows.adapter_folder import save_adapter
+from qlora_jax.workflows.answers import TOKENS, answers
+from qlora_jax.workflows.merge import refuse_original, refuse_packed
+from qlora_jax.workflows.merge_4bit import Into4Bits, config_4bit, merged_4bit, plan_4bit
+from qlora_jax.workflows.merge_report import REPORT, MergeCheck, Residual, compared, provenance
 from qlora_jax.workflows.open import load_model
+from qlora_jax.workflows.run_folder import as_json
+from qlora_jax.workflows.texts import Text, random_ids
 
 # Largest logit difference that passes, by the dtype of the merged weights. In float32 only the
 # order of sums differs; bfloat16 rounds every merged weight to 8 bits, float16 to 11.
-TOLERANCES = {"float32": 1e-2, "float16": 0.25, "bfloat16": 2.0}
-TOKENS = 64  # compared positions of each row
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeCheck:
-    """How far the merged model's logits are from base + adapter, both computed in float32.
-
-    Attributes:
-      largest: largest absolute difference of a logit.
-      mean: mean absolute difference.
-      same_choice: share of positions at which both rank the same token first.
-      tolerance: what `largest` was allowed to be.
-      from_training: largest difference from the 4-bit base that was trained on, with its adapter,
-        after merging into the original weights; None otherwise.
-    """
-
-    largest: float
-    mean: float
-    same_choice: float
-    tolerance: float
-    from_training: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within the tolerance; NaN is not."""
-        return self.largest <= self.tolerance
+TOLERANCES = {"float32": 1e-2, "float16": 0.25, "bfloat16": 2.0, "4bit": 50.0}
+# By which part of it the perplexity may grow.
+GROWTH = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 0.05, "4bit": 0.25}
 
 
 def checked_merge(
@@ -66,12 +56,15 @@ def checked_merge(
     base: str = "dequantized",
     source: Source | None = None,
     dtype: str = "bfloat16",
+    into: Into4Bits | None = None,
+    residual_rank: int | None = None,
     tolerance: float | None = None,
-    ids: np.ndarray | None = None,
-    extra_files: dict[str, bytes | Path] | None = None,
+    growth: float | None = None,
+    text: Text | None = None,
+    extra_files: Mapping[str, bytes | Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> MergeCheck:
-    """Writes the merged model to the new folder `out` and compares its logits with base + adapter.
+    """Writes the merged model to the new folder `out` and compares its answers with base + adapter.
 
     Args:
       model: the base that the adapter was trained on, 4-bit or dense; not changed.
@@ -80,45 +73,103 @@ def checked_merge(
       config: config.json of the base.
       base: `dequantized`, which the adapter was trained on, or `original`, with `source`.
       source: reads the original weights, for base="original".
-      dtype: of the written weights: float32, bfloat16 or float16.
+      dtype: of the written weights: float32, bfloat16 or float16; into 4 bits, of those that stay
+        dense.
+      into: back into 4 bits, and how; the base must be 4-bit. None: a dense model.
+      residual_rank: back into 4 bits: what they lost, as an adapter of this rank in the new folder
+        `OUT-residual`, see adapters/residual.py.
       tolerance: largest logit difference that passes; by default one for each dtype.
-      ids: token ids (B, S) to compare on; by default random ones from a fixed seed.
+      growth: by which part of it the perplexity of `text` may grow; by default one for each dtype.
+      text: what both models are asked; by default random token ids from a fixed seed, which have no
+        perplexity.
       extra_files: tokenizer and other files to put beside the weights.
       shard_bytes: more than this is split into shards with an index.
 
     Raises:
-      InputError: `out` exists, the adapter is not finite, or MERGE-ORIGINAL.
-      StorageError: MERGE-CHECK when the difference is above the tolerance; the folder is then kept
+      InputError: `out` exists, the adapter is not finite, MERGE-ORIGINAL, or what `merged_4bit`
+        refuses.
+      StorageError: MERGE-CHECK when a difference is above its tolerance; the folder is then kept
         under its name with `.failed` behind it, so that nobody takes it for the result.
     """
+    beside = Path(f"{Path(out)}-residual")
+    refuse_existing(out)
+    if residual_rank is not None:
+        refuse_existing(beside)
     refuse_packed(source)
-    if ids is None:
-        random = np.random.default_rng(0)
-        ids = random.integers(0, model.config.vocab_size, (2, TOKENS)).astype(np.int32)
-    expected, trained = answers(model, ids, adapter), None
+    text = text or random_ids(model.config.vocab_size, TOKENS)
+    errors: list[WeightError] = []
+    pairs_left: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def on_merged(name, wide, written, moments=None) -> None:
+        errors.append(measure(name, wide, written))
+        if residual_rank is not None:
+            stacked, layer = split(name)
+            target = stacked.removeprefix(LAYERS).removesuffix(".weight")
+            left = wide - np.asarray(written.dequantize("float32"))
+            pairs_left[target, layer] = residual_pair(left, residual_rank, moments)
+
+    how = {"dtype": dtype, "on_merged": on_merged}
+    if into is None:
+        pairs = merged_weights(model, adapter, base=base, source=source, **how)
+    else:
+        refuse_original(base)
+        pairs = merged_4bit(model, adapter, into, **how)
+    expected, trained = answers(model, text.ids, adapter), None
     if base == "original":
         packed = any(isinstance(own, QuantizedTensor) for own in model.weights().values())
         trained = expected if packed else None
         original = load_model(source, quantization=None, dtype=source_dtype(source))
-        expected = answers(original, ids, adapter)
+        expected = answers(original, text.ids, adapter)
         del original
-    pairs = merged_weights(model, adapter, base=base, source=source, dtype=dtype)
+    told = {"bits": 4, **into.to_json()} if into else {}
+    origin = provenance(model, adapter, into=base, **told)
+    kept = {
+        "extra_files": {**(extra_files or {}), EXTRA: as_json(origin)},
+        "shard_bytes": shard_bytes,
+    }
     shape = merged_config(model.config, adapter)
-    save_merged(
-        shape, pairs, config, out, dtype=dtype, extra_files=extra_files, shard_bytes=shard_bytes
+    if into is None:
+        save_merged(shape, pairs, config, out, dtype=dtype, **kept)
+    else:
+        plan = plan_4bit(model, adapter, dtype)
+        save_quantized(plan, pairs, config_4bit(config, shape, plan), out, **kept)
+    merged = reopened(Path(out))
+    found = answers(merged, text.ids, None)
+    kind = "4bit" if into else dtype
+    check = compared(
+        found,
+        expected,
+        trained,
+        text,
+        tolerance=tolerance or TOLERANCES[kind],
+        growth_allowed=growth or GROWTH[kind],
+        weights=Report(tuple(errors)),
     )
-    found = answers(reopened(Path(out)), ids, None)
-    check = compare(found, expected, trained, tolerance or TOLERANCES[dtype])
+    if check.passed and residual_rank is not None:
+        shapes, layers = merged.module_shapes(), merged.config.num_hidden_layers
+        residual = residual_adapter(pairs_left, shapes, layers)
+        save_adapter(beside, residual, merged, base_model_name=str(out))
+        helped = answers(merged, text.ids, residual)
+        check = dataclasses.replace(check, residual=Residual.of(beside, helped, expected, text))
+    write_file(Path(out) / REPORT, as_json(check.to_json()))
     if not check.passed:
         failed = Path(out).rename(free_name(f"{Path(out)}.failed"))
-        raise StorageError(
-            "MERGE-CHECK",
-            out,
-            f"the merged model's logits differ by {check.largest:.3g} from base + adapter",
-            f"at most {check.tolerance:.3g}",
-            f"--dtype float32 or a larger --tolerance; see {failed}",
-        )
+        raise failure(check, out, failed, into is not None)
     return check
+
+
+def failure(check: MergeCheck, out: str | Path, failed: Path, packed: bool) -> StorageError:
+    """The error for a merge that differs too much, by logits or else by perplexity."""
+    if not check.largest <= check.tolerance:
+        found = f"the merged model's logits differ by {check.largest:.3g} from base + adapter"
+        expected, option = f"at most {check.tolerance:.3g}", "--tolerance"
+    else:
+        found = f"the merged model's perplexity is {check.growth:+.1%} off that of base + adapter"
+        expected, option = f"at most {check.growth_allowed:+.1%}", "--perplexity-tolerance"
+    better = "--method compensated" if packed else "--dtype float32"
+    return StorageError(
+        "MERGE-CHECK", out, found, expected, f"{better} or a larger {option}; see {failed}"
+    )
 
 
 def free_name(name: str) -> str:
@@ -132,33 +183,3 @@ def reopened(folder: Path) -> Decoder:
     with Shards(folder) as written, warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)  # the base's, which were told
         return load_model(written, quantization=None, dtype=source_dtype(written))
-
-
-def answers(model: Decoder, ids: np.ndarray, adapter: Adapter | None) -> list[np.ndarray]:
-    """The logits (S, V) of each row, computed in float32, so that the weights' rounding is all."""
-    # Weights as they are, which costs no copy of them in float32.
-    wide = Decoder.from_weights(model.config, model.weights(), "float32")
-    logits = jax.jit(lambda model, ids, adapter: model(ids, adapter=adapter))
-    return [np.asarray(logits(wide, row[None], adapter)[0]) for row in ids]
-
-
-def compare(
-    found: list[np.ndarray],
-    expected: list[np.ndarray],
-    trained: list[np.ndarray] | None,
-    tolerance: float,
-) -> MergeCheck:
-    """The rows' logits of the merged model against those that it should have."""
-    rows = list(zip(found, expected, strict=True))
-    return MergeCheck(
-        largest=furthest(found, expected),
-        mean=float(np.mean([np.abs(own - other).mean() for own, other in rows])),
-        same_choice=float(np.mean([own.argmax(-1) == other.argmax(-1) for own, other in rows])),
-        tolerance=tolerance,
-        from_training=None if trained is None else furthest(found, trained),
-    )
-
-
-def furthest(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """The largest difference of a logit; NaN when there is one."""
-    return float(np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)]))

@@ -30,6 +30,7 @@ from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.checked_merge import checked_merge
 from qlora_jax.workflows.open import load_model
 from qlora_jax.workflows.run_folder import write_json
+from qlora_jax.workflows.texts import Text
 from qlora_jax.workflows.trainer import Trainer
 
 RECIPE = Path(__file__).parents[2] / "configs" / "smollm2-135m.yaml"
@@ -94,10 +95,14 @@ def main() -> None:
     title("4. The adapter merged into a model of its own")
     merged = out / "merged"
     check = checked_merge(
-        model, run.lora, merged, config=config_json, ids=text[:2], extra_files=files_of(out)
+        model,
+        run.lora,
+        merged,
+        config=config_json,
+        text=Text("held-out topics", text[:2]),
+        extra_files=files_of(out),
     )
-    print(f"logits of the merged model differ from base + adapter by {check.largest:.3f} at most")
-    print(f"({check.mean:.4f} on average; both rank the same token first {check.same_choice:.1%})")
+    print("\n".join(check.lines()))
 
     title("5. A sample")
     print(f"prompt      {PROMPT}")

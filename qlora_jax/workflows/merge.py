@@ -1,5 +1,6 @@
-"""An adapter merged into its base, as a new dense model in memory; neither is changed."""
+"""An adapter merged into its base, as a new model in memory; neither is changed."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +13,9 @@ from qlora_jax.checkpoints.names import split
 from qlora_jax.errors import InputError
 from qlora_jax.models import Decoder
 from qlora_jax.models.families import weight_shapes
+from qlora_jax.quantization.tensor import QuantizedTensor, stack
 from qlora_jax.weight_names import LAYERS
+from qlora_jax.workflows.merge_4bit import Into4Bits, merged_4bit
 
 
 def merge(
@@ -22,10 +25,12 @@ def merge(
     base: str = "dequantized",
     source: Source | None = None,
     dtype: str | None = None,
+    into: Into4Bits | None = None,
 ) -> Decoder:
-    """A dense model that answers as `model` with `adapter` does, made one matrix at a time.
+    """A model that answers as `model` with `adapter` does, made one matrix at a time.
 
         dense = merge(model, run.lora)
+        packed = merge(model, run.lora, into=Into4Bits("compensated", text))
 
         W + scale * B A        in float32, then rounded to `dtype`
         m/n (W + scale * B A)  with DoRA, see adapters/dora.py
@@ -36,13 +41,17 @@ def merge(
       base: `dequantized`, the weights that the adapter was trained on, or `original`, those of
         `source`, which changes answers.
       source: an opened checkpoint (workflows/open.py), for `base="original"`.
-      dtype: of the result; the model's by default.
+      dtype: of the result, into 4 bits of what stays dense; the model's by default.
+      into: back into 4 bits, and how, see workflows/merge_4bit.py; None: a dense model.
 
     Raises:
       InputError: the adapter is not finite, a merged weight is too large for `dtype`, or
         MERGE-ORIGINAL.
     """
     refuse_packed(source)
+    if into is not None:
+        refuse_original(base)
+        return merge_into_4bit(model, adapter, into, dtype or model.dtype)
     dtype, config = dtype or model.dtype, merged_config(model.config, adapter)
     stacked: dict[str, np.ndarray] = {}
     for name, shape in weight_shapes(config).items():
@@ -55,6 +64,38 @@ def merge(
     # Popped, so that host and device never hold the whole model twice.
     weights = {name: jnp.asarray(stacked.pop(name)) for name in list(stacked)}
     return Decoder.from_weights(config, weights, dtype)
+
+
+def merge_into_4bit(model: Decoder, adapter: Adapter, into: Into4Bits, dtype: str) -> Decoder:
+    """`merge` of weights that are 4-bit again."""
+    config, layouts = merged_config(model.config, adapter), {}
+    layers: dict[str, list[np.ndarray | QuantizedTensor]] = {}
+    for name, weight in merged_4bit(model, adapter, into, dtype=dtype):
+        layers.setdefault(split(name)[0], []).append(weight)
+    for name, own in model.weights().items():
+        layouts[name] = own.layout if isinstance(own, QuantizedTensor) else ""
+    weights = {}
+    for name in list(layers):
+        own = layers.pop(name)
+        if isinstance(own[0], QuantizedTensor):
+            whole = stack(own) if name.startswith(LAYERS) else own[0]
+            whole = whole.prepack(layouts[name])
+        else:
+            whole = np.stack(own) if name.startswith(LAYERS) else own[0]
+        weights[name] = jax.tree.map(jnp.asarray, whole)
+    return Decoder.from_weights(config, weights, dtype)
+
+
+def refuse_original(base: str) -> None:
+    """Into 4 bits goes what the adapter was trained on.
+
+    Raises:
+      InputError: MERGE-BASE.
+    """
+    if base != "dequantized":
+        found = f"base={base!r} and back into 4 bits"
+        hint = "a dense merge, and qlora-jax quantize of it"
+        raise InputError("MERGE-BASE", "merge: base", found, "'dequantized' with 4 bits", hint)
 
 
 def refuse_packed(source: Source | None) -> None:

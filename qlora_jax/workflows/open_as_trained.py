@@ -97,12 +97,23 @@ def open_as_trained(
         raise InputError("PEFT-FOLDER", adapter, found, "a PEFT adapter's folder")
     with open_source(path) as source:
         choice = choose(source, adapter, **how)
-        metadata = source.metadata if isinstance(source, GGUF) else None
-        home = source.path
-        if adapter is not None and has_tokenizer(companions(adapter)):
-            home, metadata = adapter, None
         model = load_model(
             source, quantization=choice.quantization, dtype=choice.dtype, progress=progress
         )
-        tokenizer = load_tokenizer(home, metadata, vocab_size=model.config.vocab_size)
+        tokenizer = tokenizer_for(source, adapter, model)
     return model, tokenizer, choice
+
+
+def tokenizer_for(
+    source: Source, adapter: str | Path | None, model: Decoder
+) -> "PreTrainedTokenizerFast":
+    """The adapter's tokenizer if it has one, else the base's.
+
+    Raises:
+      InputError: TOK-..., what is wrong with it.
+    """
+    metadata = source.metadata if isinstance(source, GGUF) else None
+    home = source.path
+    if adapter is not None and has_tokenizer(companions(adapter)):
+        home, metadata = adapter, None
+    return load_tokenizer(home, metadata, vocab_size=model.config.vocab_size)

@@ -91,6 +91,20 @@ CASES = {
     "merge run out --model model --tolerance 0": ("MERGE-TOLERANCE", "0"),
     "merge run out --model model --tolerance nan": ("MERGE-TOLERANCE", "nan"),
     "merge run out --model model-4bit --base original": ("MERGE-ORIGINAL", "model-4bit", "--base"),
+    "merge run out --model model --perplexity-tolerance -1": ("MERGE-TOLERANCE", "-1"),
+    "merge run out --model model --text nowhere.txt": ("DATA-MISSING", "nowhere.txt"),
+    # merge into 4 bits
+    "merge run out --model model --bits 8": ("CLI-ARGS", "--bits", "8"),
+    "merge run out --model model --bits 4 --method gptq": ("CLI-ARGS", "'gptq'", "compensated"),
+    "merge run out --model model --method requantize": ("MERGE-METHOD", "--method", "--bits 4"),
+    "merge run out --model model --calibration c.txt": ("MERGE-METHOD", "--calibration"),
+    "merge run out --model model --residual-rank 4": ("MERGE-METHOD", "--residual-rank"),
+    "merge run out --model model --bits 4 --residual-rank 0": ("CLI-ARGS", "--residual-rank", "0"),
+    "merge run out --model model --bits 4 --base original": ("MERGE-BASE", "dequantized"),
+    "merge run out --model model --bits 4 --quantization none": ("MERGE-4BIT", "--quantization"),
+    "merge run out --model model --bits 4 --method compensated": ("MERGE-CALIBRATION", "without"),
+    "merge run out --model model --bits 4 --calibration nowhere.txt": ("DATA-MISSING", "nowhere"),
+    "merge run out --model model --bits 4 --calibration short.txt": ("MERGE-CALIBRATION", "128"),
     # names that the system refuses
     f"inspect {'a' * 300}": ("FILE-READ", "File name too long"),
     f"export {'a' * 300} out --format hf": ("FILE-READ", "File name too long"),
@@ -177,7 +191,8 @@ def test_help_names_every_argument_that_scripts_use(verb, capsys):
     used = {
         "quantize": "model out --dtype --shard-size --report --init --iterations --lora-r "
         "--lora-alpha --use-rslora --target-modules --rank-pattern --alpha-pattern --seed",
-        "merge": "adapter out --model --base dequantized original --dtype --shard-size",
+        "merge": "adapter out --model --base dequantized original --dtype --shard-size --bits "
+        "--method requantize compensated --calibration --residual-rank --text --tolerance",
         "export": "path out --format hf bnb-4bit peft gguf gguf-lora orbax --model --dtype --type "
         "f32 f16 bf16 q8_0 q4_0 --shard-size",
         "inspect": "path --json",

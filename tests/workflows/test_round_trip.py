@@ -13,7 +13,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.models import Decoder
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.workflows.adapter_folder import load_adapter, save_adapter
-from qlora_jax.workflows.checked_merge import TOKENS
+from qlora_jax.workflows.answers import TOKENS
 from qlora_jax.workflows.describe import describe
 from qlora_jax.workflows.open import load_model, open_source
 from tests.cli.converted import filled
