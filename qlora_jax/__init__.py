@@ -25,6 +25,8 @@ HOMES = {
     "Run": "qlora_jax.workflows.trainer",
     "TrainConfig": "qlora_jax.train.config",
     "Trainer": "qlora_jax.workflows.trainer",
+    "compose": "qlora_jax.adapters",
+    "fit_weights": "qlora_jax.workflows.fit_weights",
     "generate": "qlora_jax.inference",
     "init_lora": "qlora_jax.adapters",
     "load": "qlora_jax.workflows.open",

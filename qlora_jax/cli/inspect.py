@@ -75,7 +75,10 @@ def in_words(value: Any) -> str:
     """A fact as text: a list or an object without quotes and braces."""
     if isinstance(value, dict):
         return " ".join(f"{key}={in_words(inner)}" for key, inner in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    apart = "; " if any(isinstance(inner, dict) for inner in value) else " "
+    return apart.join(map(in_words, value))
 
 
 def rows(found: "Description") -> Iterator[tuple[str, ...]]:
