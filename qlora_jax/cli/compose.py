@@ -86,10 +86,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--fit-tokens",
         type=positive,
         metavar="N",
-        help="of each half of DATA that are used at most (default 8192)",
+        help="of each half of DATA that are used at most (default 2048)",
     )
     group.add_argument(
-        "--seq-len", type=positive, metavar="N", help="tokens a window or row (default 1024)"
+        "--seq-len", type=positive, metavar="N", help="tokens a window or row (default 256)"
     )
     base_arguments(parser)
 
@@ -198,9 +198,10 @@ def fit(
     """The fitted weights; prints what they are worth."""
     from qlora_jax.cli.progress import counter
     from qlora_jax.workflows.evaluation_data import evaluation_data
-    from qlora_jax.workflows.fit_weights import TOKENS, fit_weights
+    from qlora_jax.workflows.fit_weights import LENGTH, TOKENS, fit_weights
 
-    data = evaluation_data(args.fit, tokenizer, model, args.seq_len)
+    length = args.seq_len or min(LENGTH, model.config.max_position_embeddings)
+    data = evaluation_data(args.fit, tokenizer, model, length)
     start = None
     if any(weight is not None for weight in given.values()):
         start = {path: 1.0 if weight is None else weight for path, weight in given.items()}

@@ -3,8 +3,8 @@
     half of the data    the weights are found on it: L-BFGS-B on the loss and its gradient
     the other half      tells what base, each adapter, equal weights and the fitted ones lose
 
-The adapters are concatenated once. Inside the jitted loss each one's rows of A are multiplied by its
-weight, so the base, a single adapter and every step of the search are the same program:
+The adapters are concatenated once. Inside the jitted loss each one's rows of A are multiplied by
+its weight, so the base, a single adapter and every step of the search are the same program:
 
     y = W x + sum_i w_i s_i B_i A_i x          w_i a number, or one for each layer
 
@@ -14,7 +14,6 @@ Source of L-BFGS-B: Byrd, Lu, Nocedal and Zhu 1995, by way of SciPy.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,9 +32,12 @@ from qlora_jax.data.dataset import Dataset, shuffled
 from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation.perplexity import batches_of
 from qlora_jax.models import Decoder
+from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss import Batch, loss_fn
+from qlora_jax.workflows.room import laid_out_for
 
-TOKENS = 8192  # of each half that are used, where nobody says
+TOKENS = 2048  # of each half that are used, where nobody says
+LENGTH = 256  # tokens of a window or row, where nobody says: many short ones are of more kinds
 SMALLEST_GAIN = 1e-4  # of the loss, relative: a step that gains less is the last
 SMALLEST_SLOPE = 1e-3  # nats a unit of weight
 MOST_LOSSES = 40  # evaluations of loss and gradient, after which no new step begins
@@ -94,7 +96,7 @@ def fit_weights(
     free: bool = False,
     tokens: int = TOKENS,
     batch_size: int = 1,
-    remat: str = "full",
+    remat: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedWeights:
@@ -106,14 +108,15 @@ def fit_weights(
     Args:
       model: the base that all adapters were trained on, quantized as then.
       adapters: by name.
-      data: windows (N, S) of token ids, or a Dataset; its rows are shuffled and halved.
+      data: windows (N, S) of token ids, or a Dataset: rows from all over it are taken, each for one
+        half or the other.
       start: where the search begins; by default 1 / n each.
       per_layer: one weight for each adapter and layer; wants more text.
       free: weights may be negative; otherwise 0 is the least.
       tokens: of each half that are used at most; more of it is slower and surer.
       batch_size: rows at a time.
-      remat: what layers keep for the gradient; `full` needs least memory, `none` least time.
-      seed: of the shuffling.
+      remat: what layers keep for the gradient, one of remat.POLICIES; by default as a run's plan.
+      seed: says which row is for which half.
       progress: called with (losses so far, the most there can be) after each.
 
     Raises:
@@ -132,10 +135,13 @@ def fit_weights(
         found, hint = f"{first.min():g}", "--free for weights that may be negative"
         raise InputError("FIT-START", "weights to begin at", found, "0 or more", hint)
     parts = [
-        list(itertools.islice(batches, math.ceil(rows_for(part, tokens) / batch_size)))
-        for part in halves(data, seed)
-        for batches, _ in [batches_of(part, batch_size, model.config.vocab_size)]
+        list(batches_of(part, batch_size, model.config.vocab_size)[0])
+        for part in halves(data, tokens, seed)
     ]
+    if remat is None:
+        length = max(batch["input_ids"].shape[1] for part in parts for batch in part)
+        config = TrainConfig(batch_size=batch_size)
+        remat = laid_out_for(model, both, config, length).choices.gradient_checkpointing
     loss = Loss(model, both, row_owners(adapters), remat)
     w, count = minimized(loss, parts[0], first, free, progress)
 
@@ -159,29 +165,31 @@ def fit_weights(
     )
 
 
-def halves(
-    data: Dataset | np.ndarray, seed: int
-) -> tuple[Dataset | np.ndarray, Dataset | np.ndarray]:
-    """Two parts of about as many rows, which no row has in common.
+def halves(data: Dataset | np.ndarray, tokens: int, seed: int) -> list[Dataset | np.ndarray]:
+    """Two parts of at most so many tokens, no row in both: from all over the data, at random.
+
+    Neighbours go one to each part, so that both have a text's kinds in equal shares.
 
     Raises:
       InputError: FIT-DATA.
     """
-    sources = {s.where for s in data.sequences} if isinstance(data, Dataset) else data
-    if len(sources) < 2:
-        found, expected = f"{len(sources)} row or window", "two at least, to fit on and to tell by"
-        raise InputError("FIT-DATA", "data", found, expected, "more text, or a smaller --seq-len")
     if isinstance(data, Dataset):
-        return data.split(0.5, seed)
-    order = shuffled(len(data), seed)
-    middle = (len(data) + 1) // 2
-    return data[order[:middle]], data[order[middle:]]
-
-
-def rows_for(part: Dataset | np.ndarray, tokens: int) -> int:
-    """How many rows hold this many tokens, one at least."""
-    length = part.max_seq_length if isinstance(part, Dataset) else part.shape[1]
-    return max(1, tokens // length)
+        sources = list(dict.fromkeys(sequence.where for sequence in data.sequences))
+        rows = len(sources)
+    else:
+        rows = len(data)
+    if rows < 2:
+        found, expected = f"{rows} row or window", "two at least, to fit on and to tell by"
+        raise InputError("FIT-DATA", "data", found, expected, "more text, or a smaller --seq-len")
+    size = sum(data.row_lengths) / rows if isinstance(data, Dataset) else data.shape[1]
+    count = max(1, min(rows // 2, int(tokens / size)))
+    taken = np.linspace(0, rows - 1, 2 * count).round().astype(int).reshape(count, 2)
+    turned = shuffled(count, seed) % 2
+    parts = [np.where(turned == side, taken[:, 0], taken[:, 1]) for side in (0, 1)]
+    if not isinstance(data, Dataset):
+        return [data[part] for part in parts]
+    wanted = [{sources[row] for row in part} for part in parts]
+    return [data.only(names.__contains__) for names in wanted]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "remat"))
@@ -240,9 +248,9 @@ class Loss:
             sums.append(both)
             total = total + np.asarray(gradient, np.float64)
         gradient = total / sum(int(count) for _, count in sums)
-        return self.mean(sums), gradient.sum(1, keepdims=True) if weights.shape[
-            1
-        ] == 1 else gradient
+        if weights.shape[1] == 1:
+            gradient = gradient.sum(1, keepdims=True)
+        return self.mean(sums), gradient
 
     def run(self, program: Callable, weights: np.ndarray, batch: dict[str, np.ndarray]) -> Any:
         """One batch; weights are always one a layer, so that there is one program."""
