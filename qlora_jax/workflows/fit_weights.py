@@ -38,7 +38,8 @@ from qlora_jax.workflows.room import laid_out_for
 
 TOKENS = 2048  # of each half that are used, where nobody says
 LENGTH = 256  # tokens of a window or row, where nobody says: many short ones are of more kinds
-SMALLEST_GAIN = 1e-4  # of the loss, relative: a step that gains less is the last
+FIRST_STEP = 0.25  # how far each weight moves at first, in the mean square
+SMALLEST_GAIN = 5e-5  # of the loss, relative: a step that gains less is the last
 SMALLEST_SLOPE = 1e-3  # nats a unit of weight
 MOST_LOSSES = 40  # evaluations of loss and gradient, after which no new step begins
 MOST_TRIALS = 8  # evaluations in one step
@@ -278,30 +279,41 @@ def minimized(
     free: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, int]:
-    """(the weights of the least loss that was met, how many losses were computed)."""
+    """(the weights of the least loss that was met, how many losses were computed).
+
+    The unit is chosen so that the first step, which is one along the gradient, is FIRST_STEP: a
+    shorter one could gain so little that it would be the last.
+    """
     from scipy.optimize import minimize
 
-    seen: list[tuple[float, np.ndarray]] = []
+    seen: dict[bytes, tuple[float, np.ndarray, np.ndarray]] = {}
+
+    def at(weights: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        key = weights.tobytes()
+        if key not in seen:
+            seen[key] = *loss.with_slope(weights, batches), weights
+            if progress:
+                progress(min(len(seen), MOST_LOSSES), MOST_LOSSES)
+        return seen[key]
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = flat.reshape(first.shape)
-        found, gradient = loss.with_slope(weights, batches)
-        seen.append((found, weights.copy()))
-        if progress:
-            progress(min(len(seen), MOST_LOSSES), MOST_LOSSES)
-        return found, gradient.reshape(-1)
+        found, gradient, _ = at(unit * flat.reshape(first.shape))
+        return found, unit * gradient.reshape(-1)
 
+    unit = 1.0
+    length = np.linalg.norm(at(first)[1])
+    unit = math.sqrt(FIRST_STEP * math.sqrt(first.size) / length) if length else 1.0
     minimize(
         value,
-        first.reshape(-1),
+        first.reshape(-1) / unit,
         jac=True,
         method="L-BFGS-B",
         bounds=None if free else [(0, None)] * first.size,
         options={
             "ftol": SMALLEST_GAIN,
-            "gtol": SMALLEST_SLOPE,
+            "gtol": SMALLEST_SLOPE * unit,
             "maxfun": MOST_LOSSES,
             "maxls": MOST_TRIALS,
         },
     )
-    return min(seen, key=lambda pair: pair[0])[1], len(seen)
+    return min(seen.values(), key=lambda found: found[0])[2], len(seen)

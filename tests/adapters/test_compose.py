@@ -314,13 +314,13 @@ BAD = {
         {"b": trained(0, layers=2, r=2)},
         TWO,
         {},
-        r"COMPOSE-MODEL\]: b: is for 2 layers, and a for 3",
+        r"MODEL\]: b: is for 2 layers, and a for 3",
     ),
     "shape": (
         {"b": trained(0, WIDER, r=2)},
         TWO,
         {},
-        r"COMPOSE-MODEL\]: b: mlp.up_proj is \(13, 8\), and \(12",
+        r"b: mlp.up_proj is \(13, 8\), and \(12",
     ),
     "ranks": (
         {"b": trained(0, r=3)},

@@ -32,7 +32,7 @@ def test_random_entries_stay_and_keep_the_mean():
     np.testing.assert_array_equal(at_random(ones, 0.25, np.random.SeedSequence(0)), found)
     assert (at_random(ones, 0.25, np.random.SeedSequence(1)) != found).any()
     # numpy promises the raw numbers: these stay on every version.
-    assert np.flatnonzero(found[0, :20]).tolist() == [5, 9, 17]
+    assert np.flatnonzero(found[0, :20]).tolist() == [0, 3, 7, 8, 9, 14, 15, 18, 19]
 
 
 def test_each_matrix_and_each_side_has_random_bits_of_its_own():
