@@ -13,11 +13,11 @@ from qlora_jax.adapters.method import Method
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.load import Progress
 from qlora_jax.checkpoints.manifest import file_digest
-from qlora_jax.checkpoints.peft import CONFIG, OLD_TENSORS, TENSORS, present, read_extra
+from qlora_jax.checkpoints.peft import CONFIG, present, read_extra
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.errors import ConfigMismatch, InputError
 from qlora_jax.models import Decoder
-from qlora_jax.workflows.adapter_folder import load_adapter
+from qlora_jax.workflows.adapter_folder import digests, load_adapter
 from qlora_jax.workflows.companions import companions, has_tokenizer
 from qlora_jax.workflows.fit_weights import FittedWeights
 from qlora_jax.workflows.open import load_model, open_source
@@ -92,7 +92,7 @@ def open_adapters(
       InputError: as of `load_adapter`; also PEFT-BASE, since here nothing was begun.
     """
     try:
-        return {path: load_adapter(path, model, any_base=any_base) for path in paths}
+        return {path: load_adapter(path, model, any_base=any_base, beside=paths) for path in paths}
     except ConfigMismatch as error:
         parts = error.code, error.where, error.found, error.expected, error.hint
         raise InputError(*parts) from None
@@ -126,13 +126,3 @@ def provenance(
             "loss": dict(fitted.rows),
         }
     return {COMPOSITION: found}
-
-
-def digests(path: str) -> dict[str, str]:
-    """SHA-256 of an adapter's tensors, and of its configuration, which holds the scales."""
-    folder = Path(path)
-    tensors = folder / TENSORS if (folder / TENSORS).exists() else folder / OLD_TENSORS
-    return {
-        "sha256": file_digest(tensors)["sha256"],
-        "config_sha256": file_digest(folder / CONFIG)["sha256"],
-    }

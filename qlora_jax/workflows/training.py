@@ -25,6 +25,7 @@ from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.workflows.adapter_folder import load_adapter
+from qlora_jax.workflows.below import open_below
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load_model, open_source
 from qlora_jax.workflows.room import laid_out, refuse_too_large
@@ -67,6 +68,7 @@ def open_run(
         plan = laid_out(shape, config, max(data.row_lengths))
         refuse_too_large(plan, say)
         model = open_model(config, source, plan.choices.stream_weights, progress)
+    below = open_below(config.frozen_adapters, model)
     lora = begin(config, model, spec)
     return Trainer(
         model,
@@ -75,6 +77,7 @@ def open_run(
         config,
         tokenizer,
         eval_data=eval_data,
+        below=below,
         plan=plan,
         say=say,
         notes=notes + read,
@@ -162,7 +165,7 @@ def begin(config: TrainConfig, model: Decoder | LayerwiseDecoder, spec: LoraSpec
     """A new adapter of this spec; without one, the adapter that the run goes on from."""
     if spec is not None:
         return init_adapter(model, spec, jax.random.key(config.seed))
-    lora = load_adapter(config.adapter, model)
+    lora = load_adapter(config.adapter, model, beside=config.frozen_adapters)
     if "lora_dropout" not in config.model_fields_set:
         return lora
     return Adapter(

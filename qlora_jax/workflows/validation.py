@@ -157,6 +157,8 @@ def check_targets(config: TrainConfig, shape: ModelConfig, found: Validation) ->
         spec = read_adapter(config.adapter, shapes, shape.num_hidden_layers).spec
     else:
         spec = spec_of(config, shape)
+    for path in config.frozen_adapters:
+        read_adapter(path, shapes, shape.num_hidden_layers)
     names = ", ".join((*spec.targets, *spec.modules_to_save))
     found.ok("targets", f"{names}: {millions(count_parameters(spec, shapes))} parameters")
 

@@ -97,7 +97,7 @@ def test_weights_are_1_where_none_is_given(here):
 
 
 def test_density_has_a_default_that_is_told(here, capsys):
-    assert run("a", "a=1", "-o", "out", "--method", "dare_ties", "--seed", "7") == 0
+    assert run("a", "a=1=1", "-o", "out", "--method", "dare_ties", "--seed", "7") == 0
     assert "density 0.5, sign total, seed 7" in capsys.readouterr().out
     assert {"density": 0.5, "sign": "total", "seed": 7}.items() <= composed("out").items()
     adapters = {name: load_adapter(name, here) for name in ("a", "a=1")}
