@@ -36,6 +36,7 @@ HOMES = {
     "loss_fn": "qlora_jax.train",
     "measure": "qlora_jax.quantization.report",
     "merge": "qlora_jax.workflows.merge",
+    "open_below": "qlora_jax.workflows.below",
     "open_run": "qlora_jax.workflows.training",
     "perplexity": "qlora_jax.evaluation",
     "quantize": "qlora_jax.quantization",

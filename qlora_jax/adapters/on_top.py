@@ -26,9 +26,8 @@ def on_top(frozen: Adapter, adapter: Adapter) -> Adapter:
     ranks: dict[str, tuple[int, ...]] = {}
     for name in union_of_targets([frozen.spec, adapter.spec]):
         pairs = [folded(one, name) for one in (below, adapter) if name in one.spec.targets]
-        A, B = (
-            jnp.concatenate(side, axis) for axis, side in enumerate(zip(*pairs, strict=True), 1)
-        )
+        rows, columns = zip(*pairs, strict=True)
+        A, B = jnp.concatenate(rows, 1), jnp.concatenate(columns, 2)
         params[name] = {"A": A, "B": B}
         ranks[name] = (A.shape[1],) * A.shape[0]
     return Adapter(params, composed_spec(ranks))
