@@ -20,6 +20,7 @@ TRAINING = "tests/train/test_golden_training.py::test_golden_training"
 OPTIMIZERS = "tests/optim/test_paged_adamw.py::test_golden_optimizers"
 WRITTEN = "tests/checkpoints/test_bnb4bit.py::test_golden_is_written_bit_for_bit"
 PEFT = "tests/checkpoints/test_peft_golden.py::test_golden_adapter"
+COMPOSED = "tests/adapters/test_compose_golden.py::test_golden_composition"
 SMOLLM2 = "tests/evaluation/test_golden_smollm2.py"
 KERNELS = "tests/pallas_kernels"
 INIT = "tests/adapters/test_closer.py"
@@ -30,6 +31,12 @@ LORAPLUS = "tests/optim/test_loraplus.py::test_golden"
 SPOILED = [
     ("adapters/io.npz", "rslora.logits", f"{PEFT}[rslora]"),
     ("adapters/io.npz", "dora.merged_logits", f"{PEFT}[dora]"),
+    ("adapters/compositions.npz", "ties.logits", f"{COMPOSED}[ties]"),
+    (
+        "adapters/compositions.npz",
+        "svd.delta.model.layers.1.mlp.down_proj",
+        f"{COMPOSED}[svd]",
+    ),
     (
         "bnb_state/checkpoint/model.safetensors",
         "model.layers.1.mlp.up_proj.weight.absmax",

@@ -76,6 +76,20 @@ SAVED_LOSS_RTOL = 1e-6
 SAVED_GRADIENT_RTOL = 1e-4
 SAVED_GRADIENT_ATOL = 1e-5
 
+# adapters.compose against float64: float32 products and sums of at most 4 terms of size up to 10.
+COMPOSED_RTOL = 2e-5
+COMPOSED_ATOL = 2e-5
+# What peers' README states for add_weighted_adapter: 2e-4, as logits; svd 1e-3.
+PEFT_SVD_ATOL = 1e-3
+# One adapter with weight 1, its largest delta again: sqrt(s) A times sqrt(s) B against s (B A), two
+# roundings each; svd's factors are rounded to float32 once. The bars are 1e-6 and 1e-3.
+SAME_DELTA_ATOL = {"linear": 1e-6, "svd": 1e-5}
+
+# fit_weights: float32 losses near 6, of an adapter whose A is scaled inside or outside the program.
+FITTED_LOSS_ATOL = 2e-5
+# ... and the gradient of a weight against a difference over 0.1: the third derivative is left over.
+SLOPE_RTOL = 2e-2
+
 # Merged weights of the largest logit: they are rounded to float32 once more.
 MERGED_LOGITS_RELATIVE = 1e-3
 

@@ -1,6 +1,7 @@
 """LoRA adapters: a pytree beside the frozen base, with PEFT's names, rules and beginning."""
 
 from qlora_jax.adapters.adapter import Adapter as Adapter
+from qlora_jax.adapters.compose import compose as compose
 from qlora_jax.adapters.init import init_adapter as init_adapter
 from qlora_jax.adapters.init import init_lora as init_lora
 from qlora_jax.adapters.merge import merge_weight as merge_weight

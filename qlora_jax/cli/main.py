@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "loss and perplexity of a model, and of adapters beside it",
     "generate": "write on from a prompt",
     "merge": "merge an adapter into its base, and check the result",
+    "compose": "combine adapters into one, with weights that are given or fitted",
     "export": "write a model or an adapter in another format",
     "inspect": "what is in a model or an adapter: layers, shapes, bits per parameter, targets",
     "doctor": "versions, devices, memory, and whether the kernels compute right here",

@@ -61,13 +61,7 @@ def perplexity(
       InputError: EVAL-..., windows of another shape, or nothing to predict.
       NonFinite: a batch has a loss that is NaN or infinite.
     """
-    if isinstance(data, Dataset):
-        batch_size = min(batch_size, max(1, len(data)))
-        loader = Loader(data, batch_size, seed=0, shuffle=False)
-        batches, in_all = loader.epoch(0), len(loader)
-    else:
-        data = checked_windows(data, model.config.vocab_size)
-        batches, in_all = window_batches(data, batch_size), math.ceil(len(data) / batch_size)
+    batches, in_all = batches_of(data, batch_size, model.config.vocab_size)
     params, spec = ({}, None) if adapter is None else (adapter.params, adapter.spec)
     loss_of = pipeline.loss_fn if isinstance(model, LayerwiseDecoder) else batch_loss
     total, targets = 0.0, 0
@@ -82,6 +76,22 @@ def perplexity(
         raise InputError("EVAL-EMPTY", "evaluation data", "no target to predict", "at least one")
     mean = total / targets
     return PerplexityResult(mean, float(np.exp(np.float64(mean))), targets)
+
+
+def batches_of(
+    data: Dataset | np.ndarray, batch_size: int, vocab_size: int
+) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+    """(batches, how many), in the data's own order; windows are checked first.
+
+    Raises:
+      InputError: EVAL-WINDOW, EVAL-VOCAB.
+    """
+    if isinstance(data, Dataset):
+        batch_size = min(batch_size, max(1, len(data)))
+        loader = Loader(data, batch_size, seed=0, shuffle=False)
+        return loader.epoch(0), len(loader)
+    data = checked_windows(data, vocab_size)
+    return window_batches(data, batch_size), math.ceil(len(data) / batch_size)
 
 
 def windows(ids: Sequence[int], length: int) -> np.ndarray:

@@ -39,7 +39,7 @@ OWNERS = (
 PAGEABLE = ("adapter", "loading", "process")
 
 # A run without its arrays and programs, seen on Linux with jax 0.12: Python with jax, flax and this
-# package 0.21 GB, transformers and datasets 0.11, the tokenizer, its rows, orbax and matplotlib 0.07.
+# package 0.21 GB, transformers and datasets 0.11, tokenizer, rows, orbax, matplotlib 0.07.
 # CUDA's driver and libraries, which are mapped and touched, add about 1.3 GB.
 PROCESS = 390_000_000
 PROCESS_CUDA = PROCESS + 1_300_000_000

@@ -65,6 +65,7 @@ class TrainConfig(BaseModel):
     model: str | None = None
     revision: str | None = None
     adapter: str | None = None
+    frozen_adapters: list[str] = []
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
 
     # quantization
@@ -171,6 +172,8 @@ class TrainConfig(BaseModel):
         values, notes, problems = translated(read_yaml(path), known)
         problems = relabelled(problems, str(path), ())
         values |= {key: beside(path, key, values[key]) for key in PATHS if key in values}
+        if isinstance(below := values.get("frozen_adapters"), list):
+            values["frozen_adapters"] = [beside(path, "adapter", one) for one in below]
         over, more_notes, more_problems = translated(parse_overrides(overrides), known)
         problems += relabelled(more_problems, "command line", ())
         values |= over
@@ -195,6 +198,7 @@ class TrainConfig(BaseModel):
         for key in PATHS:
             if is_path(key, kept.get(key)) or os.path.exists(kept.get(key) or ""):
                 kept[key] = os.path.abspath(kept[key])
+        kept["frozen_adapters"] = [os.path.abspath(one) for one in self.frozen_adapters]
         return to_yaml(kept)
 
     def replace(self, **changes: Any) -> "TrainConfig":

@@ -149,6 +149,21 @@ CONTRADICTIONS = (
         "default with use_dora",
         "use_dora=false",
     ),
+    *(
+        Contradiction(
+            key,
+            lambda s, key=key, wrong=wrong: bool(s["frozen_adapters"]) and wrong(s[key]),
+            why,
+            f"{key}={instead} with frozen_adapters",
+            f"{key}={instead}, or compose the adapters first and go on from the result",
+        )
+        for key, wrong, why, instead in (
+            ("lora_dropout", bool, "would drop inputs of the frozen adapters too", "0"),
+            ("use_dora", bool, "has no sum with the frozen adapters", "false"),
+            ("modules_to_save", bool, "has no sum with the frozen adapters", "[]"),
+            ("stream_weights", "disk".__eq__, "computes no frozen adapters", "on"),
+        )
+    ),
 )
 
 

@@ -35,7 +35,8 @@ from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss_scale import LossScale
 from qlora_jax.train.step import Sums, accumulate, finish
 from qlora_jax.workflows.adapter_folder import save_adapter
-from qlora_jax.workflows.batches import BatchSource
+from qlora_jax.workflows.batches import BatchSource, real_tokens
+from qlora_jax.workflows.below import Below, refuse_kinds
 from qlora_jax.workflows.header import header
 from qlora_jax.workflows.hub import repository
 from qlora_jax.workflows.recorder import Recorder
@@ -82,6 +83,7 @@ class Trainer:
       config: every knob of the run.
       tokenizer: saved beside the adapter, if given.
       eval_data: a Dataset that `eval_steps` evaluates on.
+      below: frozen adapters that this one is trained on top of, see workflows/below.py.
       optimizer: an optax transform instead of `config.optim`; clipping to `max_grad_norm` comes
         before it. It runs on the device, unless `elementwise` says that it may be paged.
       elementwise: the transform treats every number apart from all others.
@@ -105,6 +107,7 @@ class Trainer:
         tokenizer: "PreTrainedTokenizerFast | None" = None,
         *,
         eval_data: Dataset | None = None,
+        below: Below = Below(),  # noqa: B008 (frozen, and empty)
         optimizer: optax.GradientTransformation | None = None,
         elementwise: bool = False,
         plan: Plan | None = None,
@@ -118,7 +121,8 @@ class Trainer:
         # In host memory: what is trained is a copy, and a GPU need not hold both.
         self.lora = jax.tree.map(np.asarray, lora)
         self.config, self.tokenizer = config, tokenizer
-        self.eval_data, self.say = eval_data, say
+        self.eval_data, self.below, self.say = eval_data, below, say
+        refuse_kinds(below, lora, model)
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         if eval_data is None:
             config.refuse_unused_evaluation()
@@ -227,9 +231,8 @@ class Trainer:
         params = to_device(jax.tree.map(jnp.array, self.lora.params))
         scale = LossScale.for_dtype(self.model.dtype)
         state = RunState(params, self.optimizer.init(params), Counters(loss_scale=scale))
-        self.identity = Identity.of(
-            self.config, fingerprint(self.model), self.batches.fingerprint, self.lora.spec
-        )
+        base = fingerprint(self.model) + self.below.digest
+        self.identity = Identity.of(self.config, base, self.batches.fingerprint, self.lora.spec)
         refuse_small_disk(folder.path, 2 * nbytes([state.params, state.optimizer]))
         if resume is None:
             return state
@@ -296,6 +299,7 @@ class Trainer:
             state.params,
             self.model,
             self.batches.inputs(batch),
+            **self.below.arguments,
             spec=spec,
             dropout_key=key,
             loss_scale=counters.loss_scale.value,
@@ -325,7 +329,8 @@ class Trainer:
         due = counters.step % self.config.eval_steps == 0 or counters.step == self.total_steps
         if self.eval_data is None or not due:
             return
-        result = perplexity(self.model, self.eval_data, adapter=self.adapter(state))
+        both = self.below.under(self.adapter(state))
+        result = perplexity(self.model, self.eval_data, adapter=both)
         recorder.evaluation(counters.step, result)
         if counters.best_eval_loss is not None and result.mean_nll >= counters.best_eval_loss:
             counters.evaluations_since_best += 1
@@ -381,7 +386,7 @@ class Trainer:
             self.model,
             self.tokenizer,
             base_model_name=repository(self.config.model),
-            extra={"step": state.counters.step},
+            extra={"step": state.counters.step, **self.below.facts},
             replace=True,
         )
 
@@ -390,9 +395,3 @@ class Trainer:
         per_epoch = self.batches.steps_per_epoch
         within = counters.batch / self.config.gradient_accumulation_steps
         return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
-
-
-def real_tokens(batch: Any) -> int:
-    """Tokens of a batch that are not padding."""
-    segments = batch.get("segment_ids")
-    return int(batch["input_ids"].size if segments is None else (np.asarray(segments) > 0).sum())

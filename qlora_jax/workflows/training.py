@@ -26,6 +26,7 @@ from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.workflows.adapter_folder import load_adapter
+from qlora_jax.workflows.below import open_below
 from qlora_jax.workflows.closer import loftq, refuse_beginning
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load_model, open_source
@@ -71,6 +72,7 @@ def open_run(
         plan = laid_out(shape, config, max(data.row_lengths))
         refuse_too_large(plan, say)
         model = open_model(config, source, plan.choices.stream_weights, progress)
+    below = open_below(config.frozen_adapters, model)
     lora = begin(config, model, spec)
     return Trainer(
         model,
@@ -79,6 +81,7 @@ def open_run(
         config,
         tokenizer,
         eval_data=eval_data,
+        below=below,
         plan=plan,
         say=say,
         notes=notes + read,
@@ -170,7 +173,7 @@ def begin(config: TrainConfig, model: Decoder | LayerwiseDecoder, spec: LoraSpec
             return lora
         niter = Closer(config.init).niter
         return loftq(lora, model, config.model, niter=niter, seed=config.seed)
-    lora = load_adapter(config.adapter, model)
+    lora = load_adapter(config.adapter, model, beside=config.frozen_adapters)
     if "lora_dropout" not in config.model_fields_set:
         return lora
     return Adapter(

@@ -161,6 +161,8 @@ def check_targets(
     else:
         spec = spec_of(config, shape)
         refuse_beginning(config, source, spec)
+    for path in config.frozen_adapters:
+        read_adapter(path, shapes, shape.num_hidden_layers)
     names = ", ".join((*spec.targets, *spec.modules_to_save))
     found.ok("targets", f"{names}: {millions(count_parameters(spec, shapes))} parameters")
 
