@@ -11,6 +11,7 @@ from typing import Any
 
 HOMES = {
     "Adapter": "qlora_jax.adapters",
+    "AdapterStack": "qlora_jax.adapters",
     "Dataset": "qlora_jax.data",
     "Decoder": "qlora_jax.models",
     "InputError": "qlora_jax.errors",
@@ -25,6 +26,7 @@ HOMES = {
     "Run": "qlora_jax.workflows.trainer",
     "TrainConfig": "qlora_jax.train.config",
     "Trainer": "qlora_jax.workflows.trainer",
+    "for_decoding": "qlora_jax.inference",
     "generate": "qlora_jax.inference",
     "init_lora": "qlora_jax.adapters",
     "load": "qlora_jax.workflows.open",
@@ -41,6 +43,7 @@ HOMES = {
     "save_orbax": "qlora_jax.checkpoints.orbax_io",
     "save_quantized": "qlora_jax.checkpoints",
     "schedule": "qlora_jax.optim",
+    "stack_adapters": "qlora_jax.adapters",
     "windows": "qlora_jax.evaluation",
 }
 __all__ = sorted(HOMES)
