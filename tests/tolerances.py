@@ -94,3 +94,9 @@ BLOCKS_GRADIENT_RTOL = {"bfloat16": 3e-3, "float16": 4e-4}
 # Temporaries of a step on a CPU, by the traced program against XLA's own figure: what XLA loses
 # between arrays of different sizes is not simulated.
 PLANNED_TEMPORARIES = 0.1
+
+# Rows with adapters of their own against each adapter alone: float32 logits near 5, the scale in B
+# and not behind it, sums of batched products in another order. A wrong adapter is off by over 0.1.
+ROW_ADAPTER_ATOL = 1e-4
+# Logits with a cache against without one, float32: the bar.
+CACHED_ATOL = 1e-4

@@ -131,13 +131,13 @@ class AdapterStack:
 def stack_adapters(adapters: Mapping[str, Adapter]) -> AdapterStack:
     """Adapters of one base in one tree, in the order in which they are given.
 
-        stack = stack_adapters({"law": load_adapter("law", model), "sql": load_adapter("sql", model)})
+        stack = stack_adapters({"law": A, "sql": B})
 
     Ranks, alphas, targets and rsLoRA may differ.
 
     Raises:
-      InputError: STACK-EMPTY; STACK-KIND, DoRA or modules_to_save; STACK-BASE, adapters of different
-        models; LORA-FINITE, NaN or infinity.
+      InputError: STACK-EMPTY; STACK-KIND, DoRA or modules_to_save; STACK-BASE, adapters of
+        different models; LORA-FINITE, NaN or infinity.
     """
     if not adapters:
         raise InputError("STACK-EMPTY", "stack_adapters", "no adapters", "at least one")

@@ -132,8 +132,12 @@ def stream_batch(
     chat_template: str | None = None,
     cache_dtype: str = "auto",
     decode_weights: str = "auto",
+    on_token: Callable[[], object] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(number of the prompt, piece of its text), as the tokens are computed; as of `generate`."""
+    """(number of the prompt, piece of its text), as the tokens are computed.
+
+    Args: as of `generate`, and `on_token`, called for each token, whether it makes a piece or not.
+    """
     ids = [prompt_ids(tokenizer, prompt, chat, chat_template) for prompt in prompts]
     config = (model.base if isinstance(model, ForDecoding) else model).config
     tokens = generate_batch(
@@ -150,6 +154,8 @@ def stream_batch(
     )
     detokenizers = [Detokenizer(tokenizer) for _ in ids]
     for row, token in tokens:
+        if on_token:
+            on_token()
         if piece := detokenizers[row].add(token):
             yield row, piece
     for row, detokenizer in enumerate(detokenizers):

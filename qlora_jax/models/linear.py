@@ -29,7 +29,7 @@ class Branch(NamedTuple):
 
 
 class PreparedBranch(NamedTuple):
-    """One layer's part of a `Prepared` adapter: y + B^T' (A x), times `ratio` where it is DoRA's."""
+    """One layer's part of a `Prepared` adapter: y + B^T' (A x), times DoRA's `ratio`."""
 
     A: Float[Array, "*B nr in"]
     Bt: Float[Array, "*B r out"]  # scaled
