@@ -100,3 +100,6 @@ PLANNED_TEMPORARIES = 0.1
 ROW_ADAPTER_ATOL = 1e-4
 # Logits with a cache against without one, float32: the issue's bar.
 CACHED_ATOL = 1e-4
+# An 8-bit cache, as a share of the logits' spread: a key or value is off by 1/254 of its head's
+# largest number at most.
+INT8_CACHE_ATOL = 0.05

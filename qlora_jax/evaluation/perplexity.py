@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.adapters.adapter import Adapter

@@ -1,4 +1,4 @@
-"""Rows of a batch with adapters of their own: as each adapter alone, compiled once, refused by name."""
+"""Rows of a batch with adapters of their own: as each alone, compiled once, refused by name."""
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,7 @@ def test_what_cannot_be_stacked_or_used_is_refused():
     refused("3 of them for 4 rows", used([0, 1, 2]))
     refused("the adapter is not a stack", used(0, ADAPTERS["all"]))
     refused(r"STACK-BASE\]: adapter: ", used(0, stack_adapters({"w": wide})))
+    spoiled = jax.tree.map(lambda leaf: leaf * jnp.nan, STACK)
+    new = generate_tokens(MODEL, [1], adapter=spoiled, adapter_index=0, max_new_tokens=1)
     with pytest.raises(NonFinite):
-        nan_stack = jax.tree.map(lambda leaf: leaf * jnp.nan, STACK)
-        list(generate_tokens(MODEL, [1], adapter=nan_stack, adapter_index=0, max_new_tokens=1))
+        next(new)
