@@ -40,7 +40,7 @@ SMALL = "SmolLM2-135M"
 LIMIT = 0.9  # of the plan, for the run that has to be refused
 # A limit of address space, which holds much that is never touched: what is there already is added.
 LIMITED = """import resource, jax
-from qlora_jax.memory import process
+from qlora_jax import process
 jax.devices()
 limit = process.address_space() + {room} - process.resident()
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -11,6 +11,7 @@ from typing import Any
 
 HOMES = {
     "Adapter": "qlora_jax.adapters",
+    "AdapterStack": "qlora_jax.adapters",
     "Dataset": "qlora_jax.data",
     "Decoder": "qlora_jax.models",
     "InputError": "qlora_jax.errors",
@@ -29,6 +30,7 @@ HOMES = {
     "Trainer": "qlora_jax.workflows.trainer",
     "compose": "qlora_jax.adapters",
     "fit_weights": "qlora_jax.workflows.fit_weights",
+    "for_decoding": "qlora_jax.inference",
     "generate": "qlora_jax.inference",
     "init_lora": "qlora_jax.adapters",
     "load": "qlora_jax.workflows.open",
@@ -47,6 +49,7 @@ HOMES = {
     "save_orbax": "qlora_jax.checkpoints.orbax_io",
     "save_quantized": "qlora_jax.checkpoints",
     "schedule": "qlora_jax.optim",
+    "stack_adapters": "qlora_jax.adapters",
     "text_windows": "qlora_jax.workflows.texts",
     "windows": "qlora_jax.evaluation",
 }

@@ -122,3 +122,11 @@ COMPENSATED_LOSS_RTOL = 0.05
 FACTOR_RTOL = 1e-9
 # models.moments: sums of 512 products in float32, of inputs behind a norm of another order of sums.
 MOMENTS_RTOL = 1e-3
+# Rows with adapters of their own against each adapter alone: float32 logits near 5, the scale in B
+# and not behind it, sums of batched products in another order. A wrong adapter is off by over 0.1.
+ROW_ADAPTER_ATOL = 1e-4
+# Logits with a cache against without one, float32, near 5: sums in another order.
+CACHED_ATOL = 1e-4
+# An 8-bit cache, as a share of the logits' spread: a key or value is off by 1/254 of its head's
+# largest number at most.
+INT8_CACHE_ATOL = 0.05

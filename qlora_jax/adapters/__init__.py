@@ -10,3 +10,5 @@ from qlora_jax.adapters.merge import merged_weights as merged_weights
 from qlora_jax.adapters.spec import LoraSpec as LoraSpec
 from qlora_jax.adapters.spec import make_spec as make_spec
 from qlora_jax.adapters.spec import module_path as module_path
+from qlora_jax.adapters.stack import AdapterStack as AdapterStack
+from qlora_jax.adapters.stack import stack_adapters as stack_adapters
