@@ -236,8 +236,7 @@ def refuse_beginning(config: TrainConfig, source: Source, spec: LoraSpec) -> Non
     Raises:
       InputError: INIT-RESIDUAL, the base is what PiSSA left over; as `refuse_no_loftq`.
     """
-    made = peft.read_extra(source.path) if isinstance(source, Shards) else {}
-    if str(init_of(made).get("name", "")).startswith("pissa"):
+    if is_residual(source):
         found = "is what PiSSA left of a model: without the adapter beside it, it is none"
         hint = f"adapter={source.path}/{ADAPTER}"
         raise InputError("INIT-RESIDUAL", source.path, found, "that adapter", hint)
@@ -246,10 +245,10 @@ def refuse_beginning(config: TrainConfig, source: Source, spec: LoraSpec) -> Non
         refuse_no_loftq(source, spec, module_shapes(shape), shape.num_hidden_layers)
 
 
-def init_of(made: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What qlora_jax.json says of `Beginning.facts`; nothing if it says something else."""
-    found = made.get("init")
-    return found if isinstance(found, dict) else {}
+def is_residual(source: Source) -> bool:
+    """Whether a model's folder says that it is what PiSSA left over."""
+    init = peft.read_extra(source.path).get("init") if isinstance(source, Shards) else None
+    return isinstance(init, dict) and str(init.get("name")).startswith("pissa")
 
 
 def refuse_no_loftq(source: Source, spec: LoraSpec, shapes: Shapes, layers: int) -> None:

@@ -9,13 +9,14 @@ import pytest
 from qlora_jax.adapters.closer import Closer
 from qlora_jax.adapters.init import init_lora
 from qlora_jax.checkpoints.shards import Shards
-from qlora_jax.errors import ConfigMismatch, InputError
+from qlora_jax.errors import ConfigMismatch, InputError, Note
 from qlora_jax.models.fingerprint import fingerprint
 from qlora_jax.workflows.adapter_folder import load_adapter
 from qlora_jax.workflows.closer import loftq, quantize_closer
 from qlora_jax.workflows.convert import quantize_checkpoint
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load
+from qlora_jax.workflows.open_as_trained import open_as_trained
 from qlora_jax.workflows.training import open_run
 from tests.tiny_model import write_tiny_model
 from tests.workflows import runs
@@ -137,6 +138,9 @@ def test_a_new_adapter_on_what_pissa_left_is_refused(home, tmp_path):
     with pytest.raises(InputError, match=r"INIT-RESIDUAL\].*Try: adapter=.*base/adapter\.$"):
         runs.trainer(home, tmp_path / "run", model=str(base))
     assert not (tmp_path / "run").exists()
+    with pytest.warns(Note, match=r"is what PiSSA left of a model: .*only with .*base/adapter"):
+        open_as_trained(base)
+    open_as_trained(base, base / "adapter")
 
 
 @pytest.mark.parametrize(("stream", "init"), [("off", "loftq"), ("on", "loftq_niter_2")])
