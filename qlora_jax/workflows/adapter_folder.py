@@ -146,7 +146,7 @@ def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     """The adapter in a PEFT folder, or in one of Orbax, for a model that is known by its config.
 
     Raises:
-      InputError: what `peft.read_adapter` and `load_orbax` refuse; PEFT-BELOW, as of `load_adapter`;
+      InputError: what `peft.read_adapter` and `load_orbax` refuse; PEFT-BELOW as of `load_adapter`;
         EXPORT-ORBAX, EXPORT-BASE: Orbax holds something else, or an adapter of another model.
       StorageError: what Orbax holds is damaged.
     """
