@@ -127,7 +127,7 @@ def refuse_without_below(path: str | Path, below: Any, beside: Sequence[str | Pa
             path,
             f"was trained on top of {listed(lost)}: alone it is half of what was trained",
             "both together",
-            f"qlora-jax compose {' '.join(lost)} {path} -o BOTH, and then BOTH; or --any-base",
+            f"qlora-jax compose {' '.join(lost)} {path} -o BOTH --model BASE, and then BOTH",
         )
 
 
@@ -146,12 +146,13 @@ def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     """The adapter in a PEFT folder, or in one of Orbax, for a model that is known by its config.
 
     Raises:
-      InputError: what `peft.read_adapter` and `load_orbax` refuse; EXPORT-ORBAX, EXPORT-BASE: Orbax
-        holds something else, or an adapter of another model.
+      InputError: what `peft.read_adapter` and `load_orbax` refuse; PEFT-BELOW as of `load_adapter`;
+        EXPORT-ORBAX, EXPORT-BASE: Orbax holds something else, or an adapter of another model.
       StorageError: what Orbax holds is damaged.
     """
     path, shapes, layers = Path(path), module_shapes(config), config.num_hidden_layers
     if (path / peft.CONFIG).exists() or not (path / manifest.NAME).exists():
+        refuse_without_below(path, peft.read_extra(path).get(ON_TOP_OF), ())
         return peft.read_adapter(path, shapes, layers)
     adapter = load_orbax(path)
     if not isinstance(adapter, Adapter):

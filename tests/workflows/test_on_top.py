@@ -134,6 +134,7 @@ def test_compose_makes_the_adapter_that_equals_both(sequence, home, base, below,
         ["compose", b, "--model", model, "-o", str(tmp_path / "alone")],
         ["merge", b, str(tmp_path / "merged"), "--model", model],
         ["generate", model, "--adapter", b, "--prompt", "a"],
+        ["export", b, str(tmp_path / "peft"), "--format", "peft", "--model", model],
     ):
         assert main(argv) == 2
         assert "qlora-jax compose" in capsys.readouterr().err
