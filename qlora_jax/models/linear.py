@@ -158,16 +158,21 @@ def with_prepared(
     A, Bt = branch.A.astype(dtype), branch.Bt.astype(dtype)
     rank, each = Bt.shape[-2], A.ndim == 3
     h = jnp.einsum("bsi,bri->bsr" if each else "bsi,ri->bsr", x.astype(dtype), A)
-    deltas, at, column = [], 0, 0
+    form = "bsr,bro->bso" if each else "bsr,ro->bso"
+    pieces, at, column, start = [], 0, 0, 0
     for out, adapted in branch.segments:
-        if not adapted:
-            deltas.append(jnp.zeros((*x.shape[:-1], out), dtype))
-            continue
-        own, B = h[..., at : at + rank], Bt[..., column : column + out]
-        deltas.append(jnp.einsum("bsr,bro->bso" if each else "bsr,ro->bso", own, B))
-        at, column = at + rank, column + out
-    total = y.astype(jnp.float32) + jnp.concatenate(deltas, axis=-1).astype(jnp.float32)
-    return (total if branch.ratio is None else total * branch.ratio).astype(y.dtype)
+        stop = start + out
+        piece = y[..., start:stop]
+        if adapted:
+            own, B = h[..., at : at + rank], Bt[..., column : column + out]
+            piece = piece.astype(jnp.float32) + jnp.einsum(form, own, B)
+            at, column = at + rank, column + out
+        if branch.ratio is not None:
+            piece = piece * branch.ratio[start:stop]
+        pieces.append(piece.astype(y.dtype))
+        start = stop
+    # Joined linears are taken apart behind this: XLA then joins nothing.
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
 
 
 def one_row(x: Float[Array, "*rows in"]) -> bool:
