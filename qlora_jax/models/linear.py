@@ -90,20 +90,16 @@ def head_matmul(
     One row on a CPU goes by blocks of a bfloat16 vocabulary: outside of a loop XLA has no quick
     product for it, and in one it makes float32 of a block at a time, which the cache holds.
     """
-    if (
-        isinstance(head, QuantizedTensor)
-        or head.dtype == jnp.float32
-        or not (frozen and one_row(x))
-    ):
+    narrow = not isinstance(head, QuantizedTensor) and head.dtype != jnp.float32
+    if not (narrow and frozen and one_row(x) and len(head) >= HEAD_ROWS):
         return matmul(x, head, frozen=frozen).astype(jnp.float32)
     blocks = len(head) // HEAD_ROWS
     wide, whole = x.astype(jnp.float32), blocks * HEAD_ROWS
 
-    def block(_, rows):
-        return None, matmul(wide, rows)
+    def block(_, start):
+        return None, matmul(wide, jax.lax.dynamic_slice_in_dim(head, start, HEAD_ROWS))
 
-    by_block = head[:whole].reshape(blocks, HEAD_ROWS, -1)
-    _, parts = jax.lax.scan(block, None, by_block)
+    _, parts = jax.lax.scan(block, None, jnp.arange(blocks) * HEAD_ROWS)
     parts = jnp.moveaxis(parts, 0, -2).reshape(*x.shape[:-1], whole)
     return jnp.concatenate([parts, matmul(wide, head[whole:])], axis=-1)
 

@@ -1,4 +1,4 @@
-"""The benchmark of decoding: overheads are of the same turn, and a text goes on from turn to turn."""
+"""The benchmark of decoding: overheads are of the same turn, a text goes on from turn to turn."""
 
 import pytest
 
