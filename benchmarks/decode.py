@@ -11,9 +11,9 @@ one took than the other in the same turn.
     batch8_overhead       8 rows with 8 different adapters, against 8 rows with one
     unused_overhead       the same 8 adapters of 32 that are loaded, against 8 of 8
 
---peer COMMAND (as `python -m benchmarks.decode`) is a program as peers.py describes it, which
-answers {"prepare": {"op": "generate", "path": PATH, "tokens": N}} with names and {"run": NAME} with
-the seconds of one token: transformers' generate on the same weights.
+--peer COMMAND (with `python -m benchmarks.decode`) is a program as peers.py describes it, which
+answers {"prepare": {"op": "generate", "path": PATH, "tokens": N}} with names, and {"run": NAME}
+with the seconds of one token: transformers' generate on the same weights.
 """
 
 import argparse

@@ -127,6 +127,9 @@ MOMENTS_RTOL = 1e-3
 ROW_ADAPTER_ATOL = 1e-4
 # Logits with a cache against without one, float32, near 5: sums in another order.
 CACHED_ATOL = 1e-4
-# An 8-bit cache, as a share of the logits' spread: a key or value is off by 1/254 of its head's
-# largest number at most.
-INT8_CACHE_ATOL = 0.05
+# An 8-bit cache, the largest difference of a logit as a share of the logits' standard deviation: a
+# number is off by 1/254 of its head's largest at most, in each of up to 7 layers of random weights.
+# Seen: 0.06. With the scale of another head or token it is over 1.
+INT8_CACHE_ATOL = 0.1
+# A product of 16 terms near 1 whose result may be rounded to bfloat16: half a unit in 8 bits.
+BFLOAT16_RTOL = 4e-3

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.dora import row_squares, stretch
-from qlora_jax.adapters.merge import dense, merge_weight
+from qlora_jax.adapters.dora import row_norms, row_squares, stretch
 from qlora_jax.adapters.spec import SAVED
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.weight_names import LAYERS
@@ -110,7 +109,8 @@ def padded(matrix: Float[Array, "*lead r n"], rank: int) -> Float[Array, "*lead 
 
 
 def ratio_of(layer: tuple) -> Float[Array, " out"]:
-    """DoRA's m / n of one layer: n from the merged matrix, which exists for one layer at a time."""
+    """DoRA's m / n of one layer; its W is dense while this runs."""
     weight, A, B, scale, m = layer
-    merged = merge_weight(dense(weight), A, B, scale)
-    return stretch(m, jnp.sqrt(row_squares(merged)), scale)
+    W = weight.dequantize("float32") if isinstance(weight, QuantizedTensor) else weight
+    AW = jnp.matmul(A, W.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    return stretch(m, row_norms(row_squares(weight), AW, A, B.T, scale), scale)

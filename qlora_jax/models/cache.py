@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from qlora_jax.errors import InputError
@@ -100,7 +101,7 @@ class KVCache:
         return dataclasses.replace(self, length=self.length + count)
 
 
-def encoded(new: Float[Array, "B K S head_dim"], dtype: jnp.dtype) -> Stored:
+def encoded(new: Float[Array, "B K S head_dim"], dtype: DTypeLike) -> Stored:
     """Keys or values as the cache holds them."""
     if dtype != jnp.int8:
         return Stored(new.astype(dtype))

@@ -90,20 +90,16 @@ def head_matmul(
     One row on a CPU goes by blocks of a bfloat16 vocabulary: outside of a loop XLA has no quick
     product for it, and in one it makes float32 of a block at a time, which the cache holds.
     """
-    if (
-        isinstance(head, QuantizedTensor)
-        or head.dtype == jnp.float32
-        or not (frozen and one_row(x))
-    ):
+    narrow = not isinstance(head, QuantizedTensor) and head.dtype != jnp.float32
+    if not (narrow and frozen and one_row(x) and len(head) >= HEAD_ROWS):
         return matmul(x, head, frozen=frozen).astype(jnp.float32)
     blocks = len(head) // HEAD_ROWS
     wide, whole = x.astype(jnp.float32), blocks * HEAD_ROWS
 
-    def block(_, rows):
-        return None, matmul(wide, rows)
+    def block(_, start):
+        return None, matmul(wide, jax.lax.dynamic_slice_in_dim(head, start, HEAD_ROWS))
 
-    by_block = head[:whole].reshape(blocks, HEAD_ROWS, -1)
-    _, parts = jax.lax.scan(block, None, by_block)
+    _, parts = jax.lax.scan(block, None, jnp.arange(blocks) * HEAD_ROWS)
     parts = jnp.moveaxis(parts, 0, -2).reshape(*x.shape[:-1], whole)
     return jnp.concatenate([parts, matmul(wide, head[whole:])], axis=-1)
 
@@ -158,16 +154,21 @@ def with_prepared(
     A, Bt = branch.A.astype(dtype), branch.Bt.astype(dtype)
     rank, each = Bt.shape[-2], A.ndim == 3
     h = jnp.einsum("bsi,bri->bsr" if each else "bsi,ri->bsr", x.astype(dtype), A)
-    deltas, at, column = [], 0, 0
+    form = "bsr,bro->bso" if each else "bsr,ro->bso"
+    pieces, at, column, start = [], 0, 0, 0
     for out, adapted in branch.segments:
-        if not adapted:
-            deltas.append(jnp.zeros((*x.shape[:-1], out), dtype))
-            continue
-        own, B = h[..., at : at + rank], Bt[..., column : column + out]
-        deltas.append(jnp.einsum("bsr,bro->bso" if each else "bsr,ro->bso", own, B))
-        at, column = at + rank, column + out
-    total = y.astype(jnp.float32) + jnp.concatenate(deltas, axis=-1).astype(jnp.float32)
-    return (total if branch.ratio is None else total * branch.ratio).astype(y.dtype)
+        stop = start + out
+        piece = y[..., start:stop]
+        if adapted:
+            own, B = h[..., at : at + rank], Bt[..., column : column + out]
+            piece = piece.astype(jnp.float32) + jnp.einsum(form, own, B)
+            at, column = at + rank, column + out
+        if branch.ratio is not None:
+            piece = piece * branch.ratio[start:stop]
+        pieces.append(piece.astype(y.dtype))
+        start = stop
+    # Joined linears are taken apart behind this: XLA then joins nothing.
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
 
 
 def one_row(x: Float[Array, "*rows in"]) -> bool:

@@ -7,11 +7,11 @@ import pytest
 
 from qlora_jax.inference.decode import generate_batch
 from qlora_jax.inference.weights import for_decoding
-from qlora_jax.models import Decoder, KVCache
+from qlora_jax.models import Decoder, KVCache, linear
 from qlora_jax.models.cache import encoded
 from tests.golden_data import GOLDEN, GoldenFile
 from tests.models.test_golden_models import FOLDERS, decoder
-from tests.tolerances import CACHED_ATOL, INT8_CACHE_ATOL
+from tests.tolerances import BFLOAT16_RTOL, CACHED_ATOL, INT8_CACHE_ATOL
 
 LENGTHS = (17, 5)  # of two rows: beyond the golden windows of 8 tokens, and within
 PREFILL = 12  # tokens of the first piece
@@ -107,4 +107,16 @@ def test_each_row_is_written_at_its_own_length(rows):
     for row in range(rows):
         at = row % 5
         np.testing.assert_array_equal(own.codes[row, :, at : at + 2], k[row].swapaxes(0, 1))
-        assert np.abs(own.codes[row]).sum() == np.abs(k[row]).sum()
+        assert np.count_nonzero(own.codes[row]) == np.count_nonzero(k[row])
+
+
+@pytest.mark.parametrize("rows", [8, 12, 40])
+def test_a_head_by_blocks_is_the_head(rows, monkeypatch):
+    """One bfloat16 row on a CPU: whole blocks of the vocabulary, and what is left of it."""
+    monkeypatch.setattr(linear, "HEAD_ROWS", rows)
+    x = jax.random.normal(jax.random.key(0), (1, 1, 16), jnp.bfloat16)
+    head = jax.random.normal(jax.random.key(1), (32, 16), jnp.bfloat16)
+    found = linear.head_matmul(x, head, frozen=True)
+    exact = x.astype(jnp.float32) @ head.astype(jnp.float32).T
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=BFLOAT16_RTOL, atol=BFLOAT16_RTOL)
