@@ -16,7 +16,6 @@ weights are fitted, the losses below are those of the other half, in nats a toke
 """
 
 import argparse
-import datetime
 import json
 import sys
 import sysconfig
@@ -54,7 +53,12 @@ def main() -> None:
     args = parser.parse_args()
     result = measured(args)
     if args.record:
-        RESULTS.write_text(json.dumps({**described(args), **result}, indent=2) + "\n")
+        from benchmarks.machine import described
+        from qlora_jax.workflows.demo import model_file
+
+        model = (args.model or model_file()).name
+        found = {**described(), "model": model, **result}
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(result, indent=None if args.json else 2))
 
 
@@ -159,23 +163,6 @@ TEXTS = {
     "source code": source_code,
     "names of characters": names_of_characters,
 }
-
-
-def described(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the versions and the model."""
-    from qlora_jax.workflows.demo import model_file
-    from qlora_jax.workflows.environment import environment
-
-    here = environment()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    memory = here["memory"]["total"] / 1e9
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{here['cpus']} cores of {cpu}, {memory:.0f} GB",
-        "versions": {"python": here["python"], **here["packages"]},
-        "model": (args.model or model_file()).name,
-    }
 
 
 if __name__ == "__main__":
