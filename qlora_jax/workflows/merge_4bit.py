@@ -218,5 +218,5 @@ def config_4bit(
     told = dict(config.get("quantization_config") or {})
     if HEAD in plan and not isinstance(plan[HEAD], QuantState):
         told.pop("llm_int8_skip_modules", None)
-    kept = {"quantization_config": told} if told else {}
+    kept = {"quantization_config": told} if "quantization_config" in config else {}
     return {**config, **kept, "tie_word_embeddings": merged.tie_word_embeddings}

@@ -32,7 +32,7 @@ TEXT = Text("random", RANDOM.integers(0, 256, (64, 32)).astype(np.int32))
 ASKED = Text("asked", TEXT.ids[:4])
 COMPENSATED = Into4Bits("compensated", TEXT)
 WAYS = {"requantize": Into4Bits(), "compensated": COMPENSATED}
-ALLOWED = {"tolerance": 1e3, "growth": 1e3}
+ALLOWED = {"tolerance": 1e3, "growth": 1e3, "dtype": "float32"}
 
 
 def opened(name: str, kind: str = "nf4", double_quant: bool = True, head=False) -> Decoder:
@@ -123,7 +123,7 @@ def test_compensated_outputs_are_nearer(family, kind, double_quant):
         losses[name] = [loss(wide, own, moments) for own in (packed, plain)]
 
     list(merged_4bit(base, lora, COMPENSATED, on_merged=on_merged))
-    assert len(losses) == 2 * len(lora.spec.targets)
+    assert len(losses) == base.config.num_hidden_layers * len(lora.spec.targets)
     assert all(ours < plain / 1.2 for ours, plain in losses.values()), losses
     ids = np.random.default_rng(1).integers(0, 256, (4, 32)).astype(np.int32)
     expected = np.stack(answers(base, ids, lora).logits)
