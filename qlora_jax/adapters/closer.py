@@ -46,8 +46,7 @@ class Closer:
     Raises:
       InputError: INIT-NAME, INIT-ITERATIONS, INIT-SEED.
 
-    Source: Meng and others 2024, arXiv 2404.02948 (section 4 for the iterations of QPiSSA); Li and
-    others 2023, arXiv 2310.08659, algorithm 1.
+    Source: Meng and others 2024, arXiv 2404.02948; Li and others 2023, arXiv 2310.08659.
     """
 
     name: str
