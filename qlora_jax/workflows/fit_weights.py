@@ -40,7 +40,7 @@ TOKENS = 2048  # of each half that are used, where nobody says
 LENGTH = 256  # tokens of a window or row, where nobody says: many short ones are of more kinds
 FIRST_STEP = 0.25  # how far each weight moves at first, in the mean square
 SMALLEST_GAIN = 5e-5  # of the loss, relative: a step that gains less is the last
-SMALLEST_SLOPE = 1e-3  # nats a unit of weight
+SMALLEST_SLOPE = 1e-2  # nats for a weight of 1 more: with a curvature near 1, 1e-4 nats are left
 MOST_LOSSES = 40  # evaluations of loss and gradient, after which no new step begins
 MOST_TRIALS = 8  # evaluations in one step
 
@@ -311,7 +311,7 @@ def minimized(
         bounds=None if free else [(0, None)] * first.size,
         options={
             "ftol": SMALLEST_GAIN,
-            "gtol": SMALLEST_SLOPE * unit,
+            "gtol": SMALLEST_SLOPE / first.shape[1] * unit,
             "maxfun": MOST_LOSSES,
             "maxls": MOST_TRIALS,
         },
