@@ -154,7 +154,8 @@ class Chat:
             said.append(piece)
             print(piece, end="", flush=True)
         print(flush=True)
-        self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+        text = "".join(said).replace("\0", "")  # which no text may hold when it is encoded again
+        self.messages = [*messages, {"role": "assistant", "content": text}]
         say(clock.told())
 
 
