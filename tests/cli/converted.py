@@ -30,8 +30,9 @@ def filled(fresh: Adapter) -> Adapter:
 
 
 def write_home(folder: Path) -> Path:
-    """Writes model, model-4bit, bare (no tokenizer), run (an adapter), and two Orbax folders."""
+    """Writes model, model-4bit, bare (no tokenizer), run (an adapter), Orbax folders, a text."""
     write_tiny_model(folder / "model")
+    (folder / "short.txt").write_text("To be or not to be? " * 7)
     shutil.copytree(golden_folder("models/llama"), folder / "bare")
     quantize_checkpoint(folder / "model", folder / "model-4bit")
     model, tokenizer = load(folder / "model-4bit", quantization=None)

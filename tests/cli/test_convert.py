@@ -87,6 +87,30 @@ def test_merge_into_the_original_weights(at_home):
     )
 
 
+def test_merge_back_into_4_bits(at_home, tmp_path, capsys):
+    words = np.random.default_rng(0).choice(["to", "be", "or", "not", "that", "is"], 1500)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    command = "merge run {out} --model model-4bit --bits 4 --perplexity-tolerance 9"
+    plain, shown = at_home(command)
+    assert "4 bits     requantize: each weight to its nearest code" in shown
+    assert "Python's documentation, 1,016 tokens" in shown
+    more = f"--calibration {tmp_path / 'text.txt'} --residual-rank 2"
+    out, shown = at_home(f"{command} {more}")
+    assert "4 bits     compensated: for the outputs on text.txt, " in shown
+    assert "(4 bits, the rest float32 as the base): " in shown
+    assert "held out of text.txt, " in shown
+    assert f"residual   {out}-residual: " in shown
+    assert describe(Path(f"{out}-residual")).facts["r"] == 2
+    before, after, again = (arrays(path) for path in ("model-4bit", plain, out))
+    assert before.keys() == after.keys() == again.keys()
+    assert "quant_method" in json.loads((out / "config.json").read_text())["quantization_config"]
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "4-bit model" in shown
+    told = "merged: into=dequantized bits=4 method=compensated calibration=(name=text.txt tokens="
+    assert told in shown
+
+
 def test_quantize_in_shards(at_home):
     out, _ = at_home("quantize model {out} --shard-size 100KB")
     assert len(describe(out).files) > 1

@@ -104,7 +104,7 @@ def test_a_lossless_and_an_empty_weight_have_figures():
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"w: dense is \(4, 64\), quantized \(64, 4\)"):
+    with pytest.raises(ValueError, match=r"w: dense is \(4, 64\), stored \(64, 4\)"):
         measure("w", weights((4, 64)), quantize(weights((64, 4))))
 
 
