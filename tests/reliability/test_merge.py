@@ -39,3 +39,21 @@ def test_nothing_is_written_and_the_base_is_untouched(tmp_path, capsys, base, va
     assert "layers.0.self_attn.q_proj" in error
     assert (files(folder), files(adapter)) == before
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(np.nan, "W-FINITE"), (-np.inf, "W-FINITE"), (3e38, "MERGE-FINITE")]
+)
+def test_nor_is_anything_of_a_merge_back_into_4_bits(tmp_path, capsys, value, code):
+    folder, adapter = clean.model(tmp_path / "base"), clean.adapter(tmp_path / "adapter")
+    arrays = load_file(adapter / "adapter_model.safetensors")
+    arrays[B0] = np.full_like(arrays[B0], value)
+    save_file(arrays, adapter / "adapter_model.safetensors")
+    before = files(folder), files(adapter)
+    argv = ["merge", str(adapter), str(tmp_path / "out"), "--model", str(folder), "--bits", "4"]
+    assert main([*argv, "--quantization", "nf4", "--residual-rank", "2"]) == 2
+    error = capsys.readouterr().err
+    assert f"error[{code}]" in error
+    assert "layers.0.self_attn.q_proj" in error
+    assert (files(folder), files(adapter)) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
