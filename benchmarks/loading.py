@@ -19,7 +19,6 @@ Each measurement has a process of its own; the last line is one line of JSON:
 """
 
 import argparse
-import datetime
 import importlib
 import json
 import math
@@ -41,24 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "loading.json"
 SPARE = 100_000_000  # bytes allowed beyond two of the largest tensors
 OPENS = 3  # the median is told
 ROUNDS = 5  # of ours and bitsandbytes in turn
-
-# Llama 3.2 1B's shape: 1.24 billion weights, the embedding 21% of them.
-RANDOM = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-}
+RANDOM = "Llama-3.2-1B"  # 1.24 billion weights, the embedding 21% of them
 
 
 def main() -> None:
@@ -87,7 +69,10 @@ def main() -> None:
         rate = result["quantized_weights"] / result["seconds"]
         result["conversion_over_bitsandbytes"] = rate / result["quantize"]["bitsandbytes"]
     if args.record:
-        RESULTS.write_text(json.dumps({**described(args), **result}, indent=2) + "\n")
+        from benchmarks.machine import described
+
+        found = {**described(), "model": args.model.name, **result}
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
     if args.json:
         print(json.dumps(result))
     else:
@@ -104,27 +89,10 @@ def child(part: str, args: argparse.Namespace) -> Any:
 
 
 def write_random(args: argparse.Namespace) -> None:
-    """A random bfloat16 model in shards of a gigabyte."""
-    import ml_dtypes
-    import numpy as np
+    """A random bfloat16 model."""
+    from benchmarks import random_model
 
-    from qlora_jax.checkpoints.merged import save_merged
-    from qlora_jax.checkpoints.names import hugging_face_names
-    from qlora_jax.models import ModelConfig
-    from qlora_jax.models.families import weight_shapes
-
-    random = np.random.default_rng(0)
-    noise = (0.02 * random.standard_normal(1 << 22, np.float32)).astype(ml_dtypes.bfloat16)
-    config = ModelConfig.from_dict(RANDOM)
-    shapes = weight_shapes(config)
-
-    def weights():
-        for name, stacked in hugging_face_names(shapes, config.num_hidden_layers).items():
-            shape = shapes[stacked]
-            begin = int(random.integers(len(noise)))
-            yield name, np.resize(np.roll(noise, begin), math.prod(shape)).reshape(shape)
-
-    save_merged(config, weights(), RANDOM, args.model, shard_bytes=1_000_000_000)
+    random_model.write(random_model.SHAPES[RANDOM], args.model)
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -239,22 +207,6 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     if peer:
         found |= {"ratio": rates["ours"] / rates["bitsandbytes"], "versions": peer.versions}
     return found
-
-
-def described(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the versions and the model."""
-    from qlora_jax.workflows.environment import environment
-
-    here = environment()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    memory = here["memory"]["total"] / 1e9
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{here['cpus']} cores of {cpu}, {memory:.0f} GB",
-        "versions": {"python": here["python"], **here["packages"]},
-        "model": args.model.name,
-    }
 
 
 def item_bytes(dtype: str) -> int:

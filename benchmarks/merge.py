@@ -17,7 +17,6 @@ adapter was trained.
 """
 
 import argparse
-import datetime
 import json
 import math
 import sys
@@ -34,6 +33,7 @@ import jax
 import numpy as np
 
 import qlora_jax as ql
+from benchmarks.machine import described
 from qlora_jax.models import Decoder
 from qlora_jax.workflows.answers import answers
 from qlora_jax.workflows.checked_merge import checked_merge, reopened
@@ -72,7 +72,8 @@ def main() -> None:
         }
         result = {"bars": bars, "adapters": found}
         if args.record:
-            RESULTS.write_text(json.dumps({**described(path), **result}, indent=2) + "\n")
+            whole = {**described(), "model": path.name, "recipe": RECIPE.name, **result}
+            RESULTS.write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(result, indent=None if args.json else 2))
 
 
@@ -197,23 +198,6 @@ def trained(model, tokenizer, texts: list[str], folder: Path, path: Path, seed: 
     data = ql.load_dataset(rows, tokenizer, max_seq_length=LENGTH, overlong=config.overlong)
     tell = lambda line: print(f"seed {seed}: {line}", file=sys.stderr, flush=True)  # noqa: E731
     return ql.Trainer(model, lora, data, config, tokenizer, say=tell).fit().lora
-
-
-def described(path: Path) -> dict[str, Any]:
-    """The machine, the versions and the model."""
-    from qlora_jax.workflows.environment import environment
-
-    here = environment()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    memory = here["memory"]["total"] / 1e9
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{here['cpus']} cores of {cpu}, {memory:.0f} GB",
-        "versions": {"python": here["python"], **here["packages"]},
-        "model": path.name,
-        "recipe": RECIPE.name,
-    }
 
 
 if __name__ == "__main__":

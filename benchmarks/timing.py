@@ -16,7 +16,7 @@ FEWEST, MOST = 4, 64  # calls a program; compiling one takes a while
 
 
 class Timing(NamedTuple):
-    """Seconds a call: the median and the quartiles."""
+    """Seconds a call, or ratios of them: the median and the quartiles."""
 
     median: float
     low: float
@@ -57,6 +57,11 @@ def seconds_of_a_call(run: Callable[[], list]) -> float:
 
 
 def in_turn(runs: dict[str, Callable[[], float]], repetitions: int) -> dict[str, Timing]:
+    """`rounds`, and their summaries."""
+    return {name: summary(values) for name, values in rounds(runs, repetitions).items()}
+
+
+def rounds(runs: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
     """Each of `runs`, already warm, `repetitions` times: a, b, c, then b, c, a, and so on."""
     seconds = {name: [] for name in runs}
     order = list(runs)
@@ -64,10 +69,10 @@ def in_turn(runs: dict[str, Callable[[], float]], repetitions: int) -> dict[str,
         first = i % len(order) if order else 0
         for name in order[first:] + order[:first]:
             seconds[name].append(runs[name]())
-    return {name: summary(values) for name, values in seconds.items()}
+    return seconds
 
 
-def summary(values: list[float]) -> Timing:
+def summary(values: Sequence[float]) -> Timing:
     """Median and quartiles; of a single value, that value."""
     if len(values) == 1:
         return Timing(values[0], values[0], values[0])

@@ -11,6 +11,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -27,32 +28,15 @@ WARM_UP = 2
 
 
 def main() -> None:
-    args = arguments()
-    with open_source(args.model) as source:
-        model = load_model(
-            source,
-            quantization=QuantizationConfig(),
-            dtype=args.dtype,
-            stream_weights=args.stream_weights,
-        )
-    lora = init_lora(model, r=args.rank, alpha=args.rank, key=jax.random.key(0))
-    optimizer = paged_adamw(2e-4, memory=args.optim_memory)
-    params, state = lora.params, optimizer.init(lora.params)
-    batch = fixed_batch(args.batch, args.seq_len, model.config.vocab_size)
-
-    def step(params, state):
-        sums = gradients(params, model, batch, spec=lora.spec, remat=args.remat)
-        grads, metrics = finish(sums, max_grad_norm=0.3)
-        params, state = optimizer.apply(params, grads, state)
-        return params, state, float(metrics.loss)
-
+    options = parser(__doc__)
+    options.add_argument("--json", action="store_true", help="print one line of JSON, the last")
+    args = options.parse_args()
+    step = training(args)
     seconds, losses = [], []
     for _ in range(WARM_UP + args.steps):
         start = time.perf_counter()
-        params, state, loss = step(params, state)
-        jax.block_until_ready(params)
+        losses.append(step())
         seconds.append(time.perf_counter() - start)
-        losses.append(loss)
     median = statistics.median(seconds[WARM_UP:])
     result = {
         "tokens_per_second": args.batch * args.seq_len / median,
@@ -78,6 +62,30 @@ def main() -> None:
             print(f"{name:18} {value}")
 
 
+def training(args: argparse.Namespace) -> Callable[[], float]:
+    """A model and an adapter; each call is a step on the same batch, and gives its loss."""
+    with open_source(args.model) as source:
+        model = load_model(
+            source,
+            quantization=QuantizationConfig(),
+            dtype=args.dtype,
+            stream_weights=args.stream_weights,
+        )
+    lora = init_lora(model, r=args.rank, alpha=args.rank, key=jax.random.key(0))
+    optimizer = paged_adamw(2e-4, memory=args.optim_memory)
+    params, state = lora.params, optimizer.init(lora.params)
+    batch = fixed_batch(args.batch, args.seq_len, model.config.vocab_size)
+
+    def step() -> float:
+        nonlocal params, state
+        sums = gradients(params, model, batch, spec=lora.spec, remat=args.remat)
+        grads, metrics = finish(sums, max_grad_norm=0.3)
+        params, state = jax.block_until_ready(optimizer.apply(params, grads, state))
+        return float(metrics.loss)
+
+    return step
+
+
 def fixed_batch(rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Random ids from a fixed seed, every one of them a target, in the loader's form."""
     ids = np.random.RandomState(0).randint(0, vocabulary, (rows, length)).astype(np.int32)
@@ -89,8 +97,9 @@ def fixed_batch(rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray
     }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the options of a step; the description's first line is told."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder or a .gguf file")
     parser.add_argument("--batch", type=int, default=1, help="rows a step")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
@@ -100,8 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stream-weights", default="off", choices=STREAMED)
     parser.add_argument("--optim-memory", default="device", choices=("host", "device"))
     parser.add_argument("--steps", type=int, default=5, help="timed steps, at least 5")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON, the last")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ MODULE_IDS = [str(path.relative_to(ROOT)) for path in MODULES]
 # Lowest first; a row imports rows above it and itself, and groups of one row never each other.
 ORDER = [
     {"pallas_kernels"},
-    {"errors", "placement", "weight_names"},
+    {"errors", "placement", "process", "weight_names"},
     {"quantization"},
     {"adapters"},
     {"models"},

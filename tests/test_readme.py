@@ -51,7 +51,7 @@ def test_readmes_code_runs(tmp_path, monkeypatch, capsys):
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
 
-    ten_lines, own_loop = blocks()
+    ten_lines, own_loop, many_adapters = blocks()
     names: dict = {}
     exec(compile(ten_lines, "README.md, first block", "exec"), names)
     assert capsys.readouterr().out
@@ -62,6 +62,10 @@ def test_readmes_code_runs(tmp_path, monkeypatch, capsys):
     exec(compile(own_loop, "README.md, second block", "exec"), names)
     assert np.isfinite(names["loss"])
     assert any(np.any(pair["B"]) for pair in names["params"].values())
+
+    exec(compile(many_adapters, "README.md, third block", "exec"), names)
+    assert len(names["texts"]) == 2
+    assert np.isfinite(names["logits"]).all()
 
     for arguments in commands():
         assert main(arguments) == 0, capsys.readouterr().err

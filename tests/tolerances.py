@@ -76,6 +76,20 @@ SAVED_LOSS_RTOL = 1e-6
 SAVED_GRADIENT_RTOL = 1e-4
 SAVED_GRADIENT_ATOL = 1e-5
 
+# adapters.compose against float64: float32 products and sums of at most 4 terms of size up to 10.
+COMPOSED_RTOL = 2e-5
+COMPOSED_ATOL = 2e-5
+# What peers' README states for add_weighted_adapter: 2e-4, as logits; svd 1e-3.
+PEFT_SVD_ATOL = 1e-3
+# One adapter with weight 1, its largest delta again: sqrt(s) A times sqrt(s) B against s (B A), two
+# roundings each; svd's factors are rounded to float32 once. The bars are 1e-6 and 1e-3.
+SAME_DELTA_ATOL = {"linear": 1e-6, "svd": 1e-5}
+
+# fit_weights: float32 losses near 6, of an adapter whose A is scaled inside or outside the program.
+FITTED_LOSS_ATOL = 2e-5
+# ... and the gradient of a weight against a difference over 0.1: the third derivative is left over.
+SLOPE_RTOL = 2e-2
+
 # Merged weights of the largest logit: they are rounded to float32 once more.
 MERGED_LOGITS_RELATIVE = 1e-3
 
@@ -95,6 +109,12 @@ BLOCKS_GRADIENT_RTOL = {"bfloat16": 3e-3, "float16": 4e-4}
 # between arrays of different sizes is not simulated.
 PLANNED_TEMPORARIES = 0.1
 
+# golden init: float32 decompositions, ours of a Gram matrix in float64, of matrices of size near
+# 0.1 whose singular values are a hundredth apart at the least.
+INIT_DELTA_ATOL = 1e-5
+INIT_LENGTH_RTOL = 1e-5
+# low_rank against NumPy's decomposition in float64: float32 products and results of values near 4.
+LOW_RANK_ATOL = 1e-5
 # quantization.compensated: the same columns in float32 and by another formula in float64, where a
 # weight halfway between two codes may take the other one, and all columns behind it follow.
 COMPENSATED_LOSS_RTOL = 0.05
@@ -102,3 +122,14 @@ COMPENSATED_LOSS_RTOL = 0.05
 FACTOR_RTOL = 1e-9
 # models.moments: sums of 512 products in float32, of inputs behind a norm of another order of sums.
 MOMENTS_RTOL = 1e-3
+# Rows with adapters of their own against each adapter alone: float32 logits near 5, the scale in B
+# and not behind it, sums of batched products in another order. A wrong adapter is off by over 0.1.
+ROW_ADAPTER_ATOL = 1e-4
+# Logits with a cache against without one, float32, near 5: sums in another order.
+CACHED_ATOL = 1e-4
+# An 8-bit cache, the largest difference of a logit as a share of the logits' standard deviation: a
+# number is off by 1/254 of its head's largest at most, in each of up to 7 layers of random weights.
+# Seen: 0.06. With the scale of another head or token it is over 1.
+INT8_CACHE_ATOL = 0.1
+# A product of 16 terms near 1 whose result may be rounded to bfloat16: half a unit in 8 bits.
+BFLOAT16_RTOL = 4e-3

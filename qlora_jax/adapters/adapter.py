@@ -57,6 +57,10 @@ class Adapter:
         """Bytes of its arrays as they lie in memory, padding counted."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
 
+    def saved(self, name: str) -> Float[Array, "V D"] | None:
+        """What is trained in full in place of lm_head or embed_tokens; None where it is not."""
+        return self.params[name]["weight"] if name in self.params else None
+
     def layer(self, name: str, index: int) -> tuple[Array, Array]:
         """A (r, in) and B (out, r) of target `name` in layer `index`, padding cut off."""
         rank = self.spec.ranks(name)[index]

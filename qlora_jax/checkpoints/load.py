@@ -33,6 +33,7 @@ from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, is_streamed
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 OnWeight = Callable[[str, np.ndarray, QuantizedTensor], None]
+Quantizer = Callable[[str, np.ndarray], QuantizedTensor]  # name, dense (out, in)
 
 
 @runtime_checkable
@@ -104,6 +105,8 @@ class Loader:
       progress: called after each tensor with (bytes done, bytes in all, name).
       on_weight: called with each weight that is quantized: Hugging Face name, dense (out, in),
         QuantizedTensor.
+      quantizer: makes the 4 bits of such a weight, with `quantization`'s kind, blocks and scales;
+        by default those of the weight itself.
 
     Attributes:
       table: stacked name -> the source's name of every layer.
@@ -123,11 +126,12 @@ class Loader:
         *,
         progress: Progress | None = None,
         on_weight: OnWeight | None = None,
+        quantizer: Quantizer | None = None,
     ):
         self.source, self.where = source, str(source.path)
         self.model_config = model_config
         self.quantization, self.dtype = quantization, jnp.dtype(dtype)
-        self.progress, self.on_weight = progress, on_weight
+        self.progress, self.on_weight, self.quantizer = progress, on_weight, quantizer
         packed = is_4bit(source.config, self.where)
         self.states = read_states(source) if packed else {}
         names = [name for name in source.names() if not (packed and is_beside(name))]
@@ -240,13 +244,10 @@ class Loader:
 
     def quantized(self, name: str, dense: np.ndarray) -> QuantizedTensor:
         """One weight in 4 bits."""
-        how = self.quantization
-        tensor = quantize_in_pieces(
-            dense,
-            kind=how.kind,
-            block_size=how.block_size,
-            double_quant=how.double_quant,
-        )
+        if self.quantizer:
+            tensor = self.quantizer(name, dense)
+        else:
+            tensor = quantized_as(self.quantization, dense)
         if self.on_weight:
             self.on_weight(name, dense, tensor)
         return tensor
@@ -265,6 +266,13 @@ class Loader:
         self.done += self.nbytes(name)
         if self.progress:
             self.progress(self.done, self.total, name)
+
+
+def quantized_as(how: QuantizationConfig, dense: np.ndarray) -> QuantizedTensor:
+    """One dense matrix in 4 bits, in host memory."""
+    return quantize_in_pieces(
+        dense, kind=how.kind, block_size=how.block_size, double_quant=how.double_quant
+    )
 
 
 def one_ahead[Item](items: Iterator[Item]) -> Iterator[Item]:

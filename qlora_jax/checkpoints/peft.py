@@ -122,11 +122,11 @@ def read_extra(path: str | Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Each file whole or not at all, in the order given."""
-    for name, content in files.items():
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Each file whole or not at all, in the order given; `files` is empty afterwards."""
+    for name in list(files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, content)
+        write_file(folder / name, files.pop(name))
 
 
 def verify(folder: Path, adapter: Adapter) -> None:

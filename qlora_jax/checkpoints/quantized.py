@@ -1,6 +1,6 @@
 """Writes a 4-bit model as a folder that transformers opens: quantized once, opened in seconds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def save_quantized(
     *,
     extra_files: Mapping[str, Content] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes weights, 4-bit and dense, in bitsandbytes' serialized format; never overwrites.
 
@@ -43,6 +44,7 @@ def save_quantized(
       out: a path where nothing is yet.
       extra_files: as for `model_folder`: the tokenizer's, for instance.
       shard_bytes: more than this is split into shards with an index.
+      finish: called with the verified folder before it appears: what it adds appears with it.
 
     Raises:
       InputError: OUT-EXISTS; W4-MIXED when the weights do not share kind and double quantization.
@@ -59,7 +61,8 @@ def save_quantized(
     told |= {key: found[key] for key in WRITTEN}
     config = {**config, "dtype": dense, "quantization_config": told}
     config.pop("torch_dtype", None)
-    with model_folder(out, config, specs, extra_files or {}, shard_bytes, open_ended) as writer:
+    extra = extra_files or {}
+    with model_folder(out, config, specs, extra, shard_bytes, open_ended, finish) as writer:
         for name, weight in weights:
             arrays = packed_arrays(name, weight) if name in states else {name: weight}
             for key, array in arrays.items():

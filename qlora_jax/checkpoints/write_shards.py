@@ -189,6 +189,7 @@ def model_folder(
     extra_files: Mapping[str, Content],
     shard_bytes: int = SHARD_BYTES,
     open_ended: Collection[str] = (),
+    finish: Callable[[Path], None] | None = None,
 ) -> Iterator[ShardWriter]:
     """Yields the writer of a new model folder, which is verified and appears when the block ends.
 
@@ -197,6 +198,7 @@ def model_folder(
       config: becomes config.json.
       extra_files: file name -> bytes, the path of a file to copy, or what makes the bytes when all
         weights are written.
+      finish: called with the folder when all of that is there: what it adds appears with the rest.
       others: as for `ShardWriter`.
     """
     with new_folder(out) as folder:
@@ -214,6 +216,8 @@ def model_folder(
                     shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_bytes(content() if callable(content) else content)
+        if finish is not None:
+            finish(folder)
 
 
 def group(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:

@@ -50,7 +50,7 @@ def lines(found: "Description") -> Iterator[str]:
         yield f"tokenizer: {', '.join(found.tokenizer) or 'none'}"
     if found.made:
         yield "qlora_jax.json:"
-        yield from (f"  {key}: {in_words(value)}" for key, value in found.made.items())
+        yield from outline(found.made)
     yield ""
     yield from table([HEAD, *rows(found)])
     yield ""
@@ -71,13 +71,26 @@ def pairs(facts: dict[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+def outline(facts: dict[str, Any], indent: str = "  ") -> Iterator[str]:
+    """A line a fact; an outline of an object that holds more than plain values."""
+    for key, value in facts.items():
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            yield f"{indent}{key}:"
+            yield from (f"{indent}  {in_words(one)}" for one in value)
+        elif isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
+            yield f"{indent}{key}:"
+            yield from outline(value, f"{indent}  ")
+        else:
+            yield f"{indent}{key}: {in_words(value)}"
+
+
 def in_words(value: Any) -> str:
     """A fact as text: a list or an object without quotes and braces, one inside it in brackets."""
     if isinstance(value, dict):
         parts = {key: in_words(inner) for key, inner in value.items()}
         inside = {key for key, inner in value.items() if isinstance(inner, dict)}
         return " ".join(f"{k}=({w})" if k in inside else f"{k}={w}" for k, w in parts.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(in_words, value)) if isinstance(value, list) else str(value)
 
 
 def rows(found: "Description") -> Iterator[tuple[str, ...]]:

@@ -3,7 +3,10 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_jax.inference.sampling import Sampling
 
 DTYPES = ("bfloat16", "float32", "float16")
 KINDS = ("nf4", "fp4", "int4")
@@ -42,6 +45,51 @@ def base_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--any-base", action="store_true", help="take an adapter of another base all the same"
     )
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and what decoding keeps in memory."""
+    group = parser.add_argument_group("sampling (greedy by default)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="X", help="keep the k likeliest; 0 is off"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="keep this much probability"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="relative to the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="over 1 avoids what was said",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same text"
+    )
+    memory = parser.add_argument_group("memory and speed")
+    memory.add_argument(
+        "--decode-weights",
+        choices=("auto", "packed", "dense"),
+        default="auto",
+        help="dense: dequantized once; packed: at every token; auto: dense on a CPU with room",
+    )
+    memory.add_argument(
+        "--cache-dtype",
+        choices=("auto", "bfloat16", "float32", "float16", "int8"),
+        default="auto",
+        help="of keys and values (default: the model's)",
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> "Sampling":
+    """The options of `sampling_arguments` that choose tokens."""
+    from qlora_jax.inference.sampling import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
 
 
 def how(args: argparse.Namespace) -> dict[str, Any]:

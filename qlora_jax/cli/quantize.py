@@ -1,11 +1,18 @@
 """Writes a model as a 4-bit checkpoint in bitsandbytes' format, which opens in seconds.
 
 The folder also opens in transformers, unless the kind is int4. Nothing is ever overwritten.
+With --init an adapter lies beside it, and both together are closer to the model than 4 bits alone.
 """
 
 import argparse
 import warnings
 
+from qlora_jax.cli.init_options import (
+    how_settings,
+    init_arguments,
+    lora_settings,
+    refuse_idle,
+)
 from qlora_jax.cli.options import KINDS, dtype_argument, shard_argument, sharding, size
 from qlora_jax.errors import Note
 
@@ -27,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="what each weight lost: a table, and quantization.json and quantization.png in OUT",
     )
+    init_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,20 +44,29 @@ def run(args: argparse.Namespace) -> None:
     from qlora_jax.workflows.convert import quantize_checkpoint
     from qlora_jax.workflows.describe import describe
 
+    refuse_idle(args)
+    quantize, settings = quantize_checkpoint, {}
+    if args.init is not None:
+        from qlora_jax.adapters.closer import Closer
+        from qlora_jax.workflows.closer import quantize_closer
+
+        closer = Closer(args.init, **how_settings(args))
+        quantize, settings = quantize_closer, {"how": closer, **lora_settings(args)}
     how = QuantizationConfig(
         args.kind, args.block_size, not args.no_double_quant, args.quantize_lm_head
     )
     with bar("quantizing") as progress:
-        report, has_tokenizer = quantize_checkpoint(
+        report, has_tokenizer = quantize(
             args.model,
             args.out,
-            how,
+            quantization=how,
+            **settings,
             dtype=args.dtype,
             report=args.report,
             progress=progress,
             **sharding(args),
         )
-    if report is not None:
+    if args.report:
         from rich.console import Console
 
         Console(width=None if Console().is_terminal else 120).print(report.table())
@@ -63,6 +80,13 @@ def run(args: argparse.Namespace) -> None:
         f"written    {args.out} ({args.kind}, the rest {dense}): {size(found.nbytes)}, "
         f"{bits:.2f} bits each in all"
     )
+    if args.init is not None:
+        together, alone = (100 * error.relative_error for error in (report.total, report.plain))
+        folder = f"{args.out}/adapter"
+        print(
+            f"adapter    {folder} ({args.init}): train with model={args.out} and adapter={folder}"
+        )
+        print(f"closer     {together:.2f}% from the model, 4 bits alone {alone:.2f}%")
     if args.kind == "int4":
         print("note       int4 is read here alone: bitsandbytes and transformers know nf4 and fp4")
     if not has_tokenizer:

@@ -62,7 +62,7 @@ GREEDY = Sampling()
 
 def sample(
     logits: Float[Array, "B V"],
-    key: Array,
+    keys: Array,
     sampling: Sampling,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
@@ -70,7 +70,7 @@ def sample(
 
     Args:
       logits: float32.
-      key: unused when greedy.
+      keys: one a row, so that no row depends on another, or one for all; unused when greedy.
       sampling: static under jit.
       seen: tokens so far, for the repetition penalty.
     """
@@ -86,7 +86,9 @@ def sample(
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
         logits = keep_min_p(logits, sampling.min_p)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    if keys.ndim:
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return jax.random.categorical(keys, logits, axis=-1).astype(jnp.int32)
 
 
 def penalize_repetition(

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from pallas_kernels import gpu
-from qlora_jax.memory import process
+from qlora_jax import process
 from qlora_jax.memory.gpus import Card, card, name_of, of_gpu
 from qlora_jax.placement import free_device_bytes
 

@@ -128,7 +128,8 @@ def of_training(
     if config.adapter is None and config.lora_r > 8:
         part = 1 - 8 / config.lora_r
         owned = (found.device[owner] for owner in ("adapter", "gradients", "optimizer"))
-        saved = int(part * sum(owned)), int(part * found.host["optimizer"])
+        moved = found.host["adapter"] + found.host["optimizer"]
+        saved = int(part * sum(owned)), int(part * moved)
         yield Change("lora_r=8", *saved, "a smaller adapter")
 
 

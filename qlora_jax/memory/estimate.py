@@ -3,7 +3,7 @@
     device    weights that live there, adapter, gradients, optimizer state
               + temporaries of one micro batch's gradients: activations, loss, workspace
     host      weights that are streamed, optimizer state that is paged, layer inputs that are kept
-              there, what reading the files takes, and the process itself
+              there, the adapter as it began, what files take beyond a step, and the process itself
 
 Shapes say the first exactly; temporaries come from the traced program (liveness.py). The step's
 other half, the update, is smaller but for pages of state that pass through: the larger half counts.
@@ -34,18 +34,22 @@ from qlora_jax.weight_names import is_streamed
 DEVICE, HOST = jax.memory.Space.Device, jax.memory.Space.Host
 OWNERS = (
     *("base", "scales", "adapter", "gradients", "optimizer", "activations", "loss", "workspace"),
-    *("loading", "process"),
+    *("files", "process"),
 )
+PAGEABLE = ("adapter", "files", "process")
 
-# Python with jax, flax and this package loaded is 0.20 GB (seen on Linux, jax 0.12); CUDA's driver
-# and libraries, which are mapped and touched, add about 1.3 GB.
-PROCESS, PROCESS_CUDA = 200_000_000, 1_500_000_000
+# A run without its arrays and programs, seen on Linux with jax 0.12: Python with jax, flax and this
+# package 0.21 GB, transformers and datasets 0.11, tokenizer, rows, orbax, matplotlib 0.07.
+# CUDA's driver and libraries, which are mapped and touched, add about 1.3 GB.
+PROCESS = 390_000_000
+PROCESS_CUDA = PROCESS + 1_300_000_000
 # What XLA's compiler keeps for each traced operation: 0.21 to 0.26 MB in programs of 1,100 to 2,300
 # operations on a CPU (docs/log.md).
 COMPILED_OPERATION = 240_000
 IN_FLIGHT = 2  # layers whose weights are on the device: one computing, one coming
 OF_EACH_LAYER = 0.9  # of what a layer keeps; the rest, such as positions, is the same for all
 LAYERS_READ_AHEAD = 3  # of layers from disk: one coming, one computing, one going
+WRITTEN = 3  # copies of an adapter while it is saved and read again
 READ_DTYPE_BYTES = 2  # checkpoints hold bfloat16 or float16
 
 
@@ -81,7 +85,7 @@ class Estimate:
     @property
     def pinned_bytes(self) -> int:
         """Those of the host's that are pinned."""
-        return self.host_bytes - self.host["loading"] - self.host["process"]
+        return sum(self.host.values()) - sum(self.host[owner] for owner in PAGEABLE)
 
 
 class Estimator:
@@ -171,15 +175,20 @@ class Estimator:
         host = {
             "base": base,
             "scales": scales,
+            "adapter": self.params,  # as the run began; what is trained is a copy
             "optimizer": self.state - resident,
             "activations": kept if offloaded else 0,
             "workspace": 0 if self.on_gpu else self.compiling(stream, policy),
             "process": PROCESS_CUDA if self.on_gpu else PROCESS,
         }
-        # Reading is over when the first step begins, which then takes the same memory.
-        step = sum(host.values()) - host["process"]
-        step += 0 if self.on_gpu else sum(device.values())
-        host["loading"] = max(0, self.loading(choices) - step)
+        # The model is read before the first step, the adapter written between two of them: both
+        # take memory that a step takes too.
+        step, between = sum(host.values()) - host["process"], host["activations"]
+        if not self.on_gpu:
+            step += sum(device.values())
+            between += self.gradients + peak.nbytes
+        reading, writing = self.loading(choices), WRITTEN * self.params
+        host["files"] = max(0, reading - step, writing - between)
         return Estimate(
             choices,
             {owner: device.get(owner, 0) for owner in OWNERS},

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import backends
-from qlora_jax.models.cache import KVCache
+from pallas_kernels import backends, gpu
+from qlora_jax.models.cache import KVCache, Stored
 from qlora_jax.models.chunked_attention import MASKED, chunked_attention
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.cudnn_attention import cudnn_attention
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         else:
             cache = cache.store(layer, k, v)
             y = cached_attention(
-                q, cache.k[layer], cache.v[layer], cache.length, context.window, context.scores
+                q, *cache.of_layer(layer), cache.length, context.window, context.scores
             )
         y = y.reshape(batch, length, -1)
         return self.o_proj(y, branches.get("self_attn.o_proj")), cache
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         def linear(name: str) -> Array:
             return getattr(self, name)(x, branches.get(f"self_attn.{name}"))
 
-        if not self.config.family.fused:
+        if not self.config.fused:
             return linear("q_proj"), linear("k_proj"), linear("v_proj")
         heads = self.config.num_attention_heads * self.config.head_dim
         groups = self.config.num_key_value_heads * self.config.head_dim
@@ -143,21 +143,39 @@ def explain(
 
 def cached_attention(
     q: Float[Array, "B S H head_dim"],
-    k: Float[Array, "B K T head_dim"],
-    v: Float[Array, "B K T head_dim"],
+    k: Stored,
+    v: Stored,
     length: Int[Array, " B"],
     window: Int[Array, ""] | None = None,
     scores: Scores = PLAIN,
 ) -> Float[Array, "B S H head_dim"]:
-    """Attention of S new tokens, which stand at `length`.. in the cache, to all before them."""
+    """Attention of S new tokens, which stand at `length`.. in the cache, to all before them.
+
+    The scales of 8-bit keys multiply the scores, and those of values the weights: nothing of the
+    size of the cache is made of them. On a CPU products are in float32: XLA 0.12 compiles some of
+    bfloat16 into float32 there that it then cannot run (docs/log.md).
+
+    Args:
+      k, v: of one layer, (B, K, T, head_dim).
+    """
     batch, new, n_heads, size = q.shape
-    groups, room = k.shape[1:3]
-    q = q.reshape(batch, new, groups, n_heads // groups, size)
-    found = jnp.einsum("bskgd,bktd->bkgst", q, k, preferred_element_type=jnp.float32)
+    groups, room = k.codes.shape[1:3]
+    dtype = jnp.float32 if gpu.here() is None else q.dtype
+    grouped = q.reshape(batch, new, groups, n_heads // groups, size).astype(dtype)
+    found = jnp.einsum(
+        "bskgd,bktd->bkgst", grouped, k.codes.astype(dtype), preferred_element_type=jnp.float32
+    )
+    if k.scales is not None:
+        found = found * k.scales[:, :, None, None]
     back = (length[:, None] + jnp.arange(new))[:, :, None] - jnp.arange(room)
     seen = scores.seen(back, window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores.of(found, size), MASKED), axis=-1)
+    if v.scales is not None:
+        weights = weights * v.scales[:, :, None, None]
     y = jnp.einsum(
-        "bkgst,bktd->bskgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "bkgst,bktd->bskgd",
+        weights.astype(dtype),
+        v.codes.astype(dtype),
+        preferred_element_type=jnp.float32,
     )
     return y.reshape(batch, new, n_heads, size).astype(q.dtype)

@@ -27,6 +27,8 @@ class ModelConfig:
       windows: per layer, how many tokens back one sees, itself included; None for all.
       attention_scale: what q k^T is multiplied by.
       attention_softcap, logit_softcap: c of c * tanh(x / c), for scores and logits; None for none.
+      fused: q, k, v are one matrix, and so are gate and up: the family's way, or made so for
+        decoding.
     """
 
     model_type: str
@@ -51,11 +53,17 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    fused: bool = False
 
     @property
     def family(self) -> Family:
         """What this model's family does differently from others."""
         return FAMILIES[self.model_type]
+
+    @property
+    def as_published(self) -> "ModelConfig":
+        """The same model with the linears that its checkpoints have."""
+        return dataclasses.replace(self, fused=self.family.fused)
 
     @property
     def embedding_scale(self) -> float:
@@ -176,6 +184,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         bos_token_id=read.token("bos_token_id"),
         eos_token_ids=read.tokens("eos_token_id"),
         pad_token_id=read.token("pad_token_id"),
+        fused=family.fused,
     )
 
 

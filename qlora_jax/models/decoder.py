@@ -9,13 +9,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.prepared import Prepared
+from qlora_jax.adapters.stack import AdapterStack, Which
 from qlora_jax.errors import InputError, listed
 from qlora_jax.models.block import Block
 from qlora_jax.models.cache import KVCache
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import module_shapes, weight_shapes
+from qlora_jax.models.families import (
+    linear_parts,
+    linear_shapes,
+    module_shapes,
+    weight_shapes,
+)
 from qlora_jax.models.layers import Stack, run_layers
-from qlora_jax.models.linear import matmul
+from qlora_jax.models.linear import head_matmul
 from qlora_jax.models.norms import RMSNorm
 from qlora_jax.models.one_layer import OneLayer, Others, Shared, kinds, layer_params
 from qlora_jax.models.rope import rotation
@@ -25,6 +32,7 @@ from qlora_jax.weight_names import EMBEDDINGS, HEAD, LAYERS, NORM
 
 Ids = Int[Array | np.ndarray, "B S"]
 Weights = Mapping[str, Array | QuantizedTensor]
+AnyAdapter = Adapter | Prepared | None
 
 
 class Decoder(nnx.Module):
@@ -89,20 +97,20 @@ class Decoder(nnx.Module):
         """(out, in) of what an adapter is for: linears of a layer, and what it can hold in full."""
         return module_shapes(self.config)
 
-    def head(self, adapter: Adapter | None = None) -> Array | QuantizedTensor:
+    def head(self, adapter: AnyAdapter = None) -> Array | QuantizedTensor:
         """The weight (V, D) that turns hidden states into logits; the embedding when tied.
 
         An adapter that holds a trained head has it before the model's.
         """
-        if adapter is not None and (saved := adapter.params.get("lm_head")):
-            return saved["weight"]
+        if adapter is not None and (saved := adapter.saved("lm_head")) is not None:
+            return saved
         return (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
 
-    def embedded(self, input_ids: Ids, adapter: Adapter | None) -> Float[Array, "B S D"]:
+    def embedded(self, input_ids: Ids, adapter: AnyAdapter) -> Float[Array, "B S D"]:
         """The tokens' embeddings, an adapter's before the model's, as the layers want them."""
         table = self.embed_tokens.get_value()
-        if adapter is not None and (saved := adapter.params.get("embed_tokens")):
-            table = saved["weight"]
+        if adapter is not None and (saved := adapter.saved("embed_tokens")) is not None:
+            table = saved
         x = rows_of(table, input_ids).astype(self.dtype)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
@@ -114,7 +122,8 @@ class Decoder(nnx.Module):
         attention_mask: Ids | None = None,
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
-        adapter: Adapter | None = None,
+        adapter: AnyAdapter | AdapterStack = None,
+        adapter_index: Which = None,
         cache: KVCache | None = None,
         dropout_key: Array | None = None,
     ):
@@ -127,10 +136,13 @@ class Decoder(nnx.Module):
           positions: (B, S) int32, rotary positions; by default each row counts its own tokens.
           segment_ids: (B, S) int32; tokens see only earlier tokens of their own segment, and 0 is
             padding. With a cache it only tells padding, which must stand on the right.
-          adapter: an Adapter whose targets are this model's linears.
+          adapter: an Adapter whose targets are this model's linears, or a stack of several.
+          adapter_index: with a stack, which of them each row uses, (B,) from 0, -1 for none; or
+            names, or one for all rows.
           cache: keys and values of the tokens before.
           dropout_key: a key, in training only, for the adapter's dropout.
         """
+        adapter = self.own_rows(adapter, adapter_index, len(input_ids))
         x, cache = self.run(
             input_ids,
             positions,
@@ -139,11 +151,16 @@ class Decoder(nnx.Module):
             cache,
             dropout_key,
         )
-        trained = adapter is not None and "lm_head" in adapter.params
-        logits = matmul(x, fetched(self.head(adapter)), frozen=not trained).astype(jnp.float32)
+        logits = self.logits(x, adapter)
+        return logits if cache is None else (logits, cache)
+
+    def logits(self, x: Float[Array, "*rows D"], adapter: AnyAdapter = None) -> Array:
+        """Logits (*rows, V) float32 of the states behind the final norm."""
+        trained = adapter is not None and adapter.saved("lm_head") is not None
+        logits = head_matmul(x, fetched(self.head(adapter)), frozen=not trained)
         if cap := self.config.logit_softcap:
             logits = jnp.tanh(logits / cap) * cap
-        return logits if cache is None else (logits, cache)
+        return logits
 
     def hidden(
         self,
@@ -151,7 +168,8 @@ class Decoder(nnx.Module):
         *,
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
-        adapter: Adapter | None = None,
+        adapter: AnyAdapter | AdapterStack = None,
+        adapter_index: Which = None,
         dropout_key: Array | None = None,
         remat: str = "none",
     ) -> Float[Array, "B S D"]:
@@ -160,14 +178,46 @@ class Decoder(nnx.Module):
         Args:
           remat: what layers keep for the backward pass, one of `remat.POLICIES`.
         """
+        adapter = self.own_rows(adapter, adapter_index, len(input_ids))
         return self.run(input_ids, positions, segment_ids, adapter, None, dropout_key, remat)[0]
+
+    def own_rows(self, adapter: AnyAdapter | AdapterStack, which: Which, rows: int) -> AnyAdapter:
+        """The adapter; of a stack, each row's own matrices.
+
+        Raises:
+          InputError: STACK-INDEX; STACK-BASE, a stack of another model.
+        """
+        if not isinstance(adapter, AdapterStack):
+            if which is not None:
+                found = "given, and the adapter is not a stack"
+                hint = "stack_adapters({name: adapter, ...})"
+                raise InputError("STACK-INDEX", "adapter_index", found, "an AdapterStack", hint)
+            return adapter
+        shapes = linear_shapes(self.config.as_published)
+        for name, shape in adapter.shapes.items():
+            if shapes.get(name) != shape or adapter.depth != self.config.num_hidden_layers:
+                found = f"{name} {shape}, {adapter.depth} layers"
+                own = f"{shapes.get(name)}, {self.config.num_hidden_layers} layers"
+                raise InputError("STACK-BASE", "adapter", found, own, "adapters of this model")
+        return adapter.rows(adapter.index(which, rows), linear_parts(self.config), self.dtype)
+
+    def states(
+        self,
+        input_ids: Ids,
+        *,
+        segment_ids: Ids | None = None,
+        adapter: AnyAdapter = None,
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """The states behind the final norm, and the cache with these tokens in it; for decoding."""
+        return self.run(input_ids, None, segment_ids, adapter, cache, None)
 
     def run(
         self,
         input_ids: Ids,
         positions: Ids | None,
         segment_ids: Ids | None,
-        adapter: Adapter | None,
+        adapter: AnyAdapter,
         cache: KVCache | None,
         dropout_key: Array | None,
         remat: str = "none",
@@ -190,24 +240,28 @@ class Decoder(nnx.Module):
         self,
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"] | None,
-        adapter: Adapter | None,
+        adapter: AnyAdapter,
         cache: KVCache | None,
         dropout_key: Array | None,
     ) -> tuple[OneLayer, Stack]:
         """One layer as a function of (x, cache), and what all layers take beside that."""
         config = self.config
-        room = positions.shape[1] if cache is None else cache.k.shape[3]
+        room = positions.shape[1] if cache is None else cache.room
         far, near = (
             rope and rotation(rope, config.head_dim, positions)
             for rope in (config.rope, config.local_rope)
         )
         layers = config.num_hidden_layers
         params = layer_params(adapter, streamed=in_host(self.layers))
-        scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
+        if isinstance(adapter, Prepared):
+            scales, dropout, segments = {}, 0.0, adapter.segments
+        else:
+            scales = {name: jnp.asarray(adapter.spec.scales(name)) for name in params}
+            dropout = 0.0 if adapter is None else adapter.spec.lora_dropout
+            segments = ()
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
         others = Others(jnp.arange(layers), kinds(config, room), scales, keys)
-        dropout = 0.0 if adapter is None else adapter.spec.lora_dropout
-        layer = OneLayer(config.scores(room), dropout)
+        layer = OneLayer(config.scores(room), dropout, segments)
         return layer, Stack(self.layers, params, others, Shared(far, near, segment_ids))
 
 

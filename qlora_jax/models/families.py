@@ -183,12 +183,25 @@ FAMILIES = {
 }
 
 
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def linear_parts(config: "ModelConfig") -> dict[str, tuple[tuple[str, int], ...]]:
+    """(name, out) of what each linear of one layer was joined from; of itself where it was not."""
+    shapes, whole = linear_shapes(config), linear_shapes(config.as_published)
+    parts = {name: (name,) if name in whole else FUSED[name] for name in shapes}
+    return {name: tuple((part, whole[part][0]) for part in own) for name, own in parts.items()}
+
+
 def linear_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
     """(out, in) of every linear of one layer, by its name inside the layer."""
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     groups = config.num_key_value_heads * config.head_dim
-    if config.family.fused:
+    if config.fused:
         return {
             "self_attn.qkv_proj": (heads + 2 * groups, width),
             "self_attn.o_proj": (width, heads),

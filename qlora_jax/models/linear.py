@@ -1,5 +1,6 @@
 """A linear layer, dense or 4-bit, with or without an adapter; nothing above it knows which."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels import gpu
 from pallas_kernels.lora_matmul import lora_delta, lora_matmul
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.adapters.dora import row_norms, row_squares, stretch
 from qlora_jax.adapters.dropout import dropped
+from qlora_jax.adapters.prepared import Segments
 from qlora_jax.quantization.tensor import QuantizedTensor
 
 
@@ -25,7 +28,18 @@ class Branch(NamedTuple):
     magnitude: Float[Array, " out"] | None = None  # DoRA's length of each row
 
 
-Branches = dict[str, Branch]
+class PreparedBranch(NamedTuple):
+    """One layer's part of a `Prepared` adapter: y + B^T' (A x), times DoRA's `ratio`."""
+
+    A: Float[Array, "*B nr in"]
+    Bt: Float[Array, "*B r out"]  # scaled
+    segments: Segments  # what the linear was joined from
+    ratio: Float[Array, " out"] | None = None
+
+
+Branches = dict[str, Branch | PreparedBranch]
+HEAD_ROWS = 2048  # of a block of the head
+FEW = 16  # rows of a product that XLA on a CPU multiplies best in float32
 
 
 class Linear(nnx.Module):
@@ -40,9 +54,16 @@ class Linear(nnx.Module):
         self.weight = nnx.Variable(weight)
         self.bias = None if bias is None else nnx.Variable(bias)
 
-    def __call__(self, x: Float[Array, "*rows in"], branch: Branch | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "*rows in"], branch: Branch | PreparedBranch | None = None
+    ) -> Array:
         weight = self.weight.get_value()
-        y = matmul(x, weight) if branch is None else adapted(x, weight, branch)
+        if branch is None:
+            y = matmul(x, weight)
+        elif isinstance(branch, PreparedBranch):
+            y = with_prepared(x, matmul(x, weight), branch)
+        else:
+            y = adapted(x, weight, branch)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -59,6 +80,28 @@ def matmul(
     weight = weight.astype(x.dtype)
     own = jax.lax.stop_gradient(weight) if frozen else weight
     return jax.lax.dot_general(x, own, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def head_matmul(
+    x: Float[Array, "*rows D"], head: Array | QuantizedTensor, *, frozen: bool
+) -> Float[Array, "*rows V"]:
+    """x W^T for the head, float32.
+
+    One row on a CPU goes by blocks of a bfloat16 vocabulary: outside of a loop XLA has no quick
+    product for it, and in one it makes float32 of a block at a time, which the cache holds.
+    """
+    narrow = not isinstance(head, QuantizedTensor) and head.dtype != jnp.float32
+    if not (narrow and frozen and one_row(x) and len(head) >= HEAD_ROWS):
+        return matmul(x, head, frozen=frozen).astype(jnp.float32)
+    blocks = len(head) // HEAD_ROWS
+    wide, whole = x.astype(jnp.float32), blocks * HEAD_ROWS
+
+    def block(_, start):
+        return None, matmul(wide, jax.lax.dynamic_slice_in_dim(head, start, HEAD_ROWS))
+
+    _, parts = jax.lax.scan(block, None, jnp.arange(blocks) * HEAD_ROWS)
+    parts = jnp.moveaxis(parts, 0, -2).reshape(*x.shape[:-1], whole)
+    return jnp.concatenate([parts, matmul(wide, head[whole:])], axis=-1)
 
 
 def adapted(x: Float[Array, "*rows in"], weight: Array | QuantizedTensor, branch: Branch) -> Array:
@@ -97,6 +140,45 @@ def stretched(
     ratio = stretch(branch.magnitude, norms, branch.scale)
     y = (with_delta(inputs, weight, branch).astype(jnp.float32) * ratio).astype(x.dtype)
     return y if inputs is x else matmul(x - inputs, weight) + y
+
+
+def with_prepared(
+    x: Float[Array, "B S in"], y: Float[Array, "B S out"], branch: PreparedBranch
+) -> Float[Array, "B S out"]:
+    """y + B^T' (A x), with one A and B^T for all rows or one for each; rounded once.
+
+    Few rows on a CPU are multiplied in float32: a thin product of one row in bfloat16 is many times
+    slower there (docs/log.md).
+    """
+    dtype = jnp.float32 if on_cpu_few(x) else x.dtype
+    A, Bt = branch.A.astype(dtype), branch.Bt.astype(dtype)
+    rank, each = Bt.shape[-2], A.ndim == 3
+    h = jnp.einsum("bsi,bri->bsr" if each else "bsi,ri->bsr", x.astype(dtype), A)
+    form = "bsr,bro->bso" if each else "bsr,ro->bso"
+    pieces, at, column, start = [], 0, 0, 0
+    for out, adapted in branch.segments:
+        stop = start + out
+        piece = y[..., start:stop]
+        if adapted:
+            own, B = h[..., at : at + rank], Bt[..., column : column + out]
+            piece = piece.astype(jnp.float32) + jnp.einsum(form, own, B)
+            at, column = at + rank, column + out
+        if branch.ratio is not None:
+            piece = piece * branch.ratio[start:stop]
+        pieces.append(piece.astype(y.dtype))
+        start = stop
+    # Joined linears are taken apart behind this: XLA then joins nothing.
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+
+
+def one_row(x: Float[Array, "*rows in"]) -> bool:
+    """Whether this is one row, on a CPU."""
+    return gpu.here() is None and math.prod(x.shape[:-1]) == 1
+
+
+def on_cpu_few(x: Float[Array, "*rows in"]) -> bool:
+    """Whether these are few rows, on a CPU."""
+    return gpu.here() is None and math.prod(x.shape[:-1]) <= FEW
 
 
 def stored_as(weight: QuantizedTensor) -> dict:

@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.prepared import Prepared, Segments
 from qlora_jax.models.attention import Context
 from qlora_jax.models.block import Block
 from qlora_jax.models.cache import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.layers import apart
-from qlora_jax.models.linear import Branch, Branches
+from qlora_jax.models.linear import Branch, Branches, PreparedBranch
 from qlora_jax.models.scores import Scores
 
 Rotation = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
@@ -28,17 +29,23 @@ class OneLayer:
     Attributes:
       scores: what all layers share of how they attend.
       dropout: of the adapter.
+      segments: of a prepared adapter; see there.
     """
 
     scores: Scores
     dropout: float = 0.0
+    segments: tuple[tuple[str, Segments], ...] = ()
 
     def __call__(
         self, carry: Carry, block: Block, params: Any, others: "Others", shared: "Shared"
     ) -> Carry:
         (x, cache), (index, kind, scales, key) = carry, others
         context = of_layer(shared, kind, self.scores)
-        return block(x, context, branches(params, scales, self.dropout, key), cache, index)
+        if self.segments:
+            own = prepared_branches(params, self.segments)
+        else:
+            own = branches(params, scales, self.dropout, key)
+        return block(x, context, own, cache, index)
 
 
 class Kinds(NamedTuple):
@@ -115,7 +122,16 @@ def branches(params: Any, scales: Any, dropout: float, key: Array | None) -> Bra
     return branches
 
 
-def layer_params(adapter: Adapter | None, streamed: bool) -> dict[str, dict[str, Array]]:
+def prepared_branches(params: Any, segments: tuple[tuple[str, Segments], ...]) -> Branches:
+    """One layer's part of a prepared adapter, by the name of the linear that it belongs to."""
+    found: Branches = {}
+    for name, own in segments:
+        pair = params[name]
+        found[name] = PreparedBranch(pair["A"], pair["Bt"], own, pair.get("ratio"))
+    return found
+
+
+def layer_params(adapter: Adapter | Prepared | None, streamed: bool) -> dict[str, dict[str, Array]]:
     """What the layers take of an adapter: its targets' arrays, by the name of the linear.
 
     B is transposed to (r, out) for all layers in one pass, see lora_delta. That takes the memory of
@@ -123,6 +139,8 @@ def layer_params(adapter: Adapter | None, streamed: bool) -> dict[str, dict[str,
     """
     if adapter is None:
         return {}
+    if isinstance(adapter, Prepared):
+        return adapter.linears
     params = {name: dict(adapter.params[name]) for name in adapter.spec.targets}
     if not streamed:
         for own in params.values():

@@ -16,6 +16,8 @@ from jaxtyping import Array, Int32
 from pallas_kernels.rounding import rounded
 from qlora_jax.optim.pages import layer_count
 
+FASTER = ("B", "m")  # of an adapter's arrays, with LoRA+
+
 
 class Moments(NamedTuple):
     """How moments are kept between steps; `signed` is true of m and false of v.
@@ -58,6 +60,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    loraplus_lr_ratio: float | None = None,
     moments: Moments = IN_32_BITS,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay.
@@ -67,6 +70,7 @@ def adamw(
 
     Args:
       learning_rate: a number, or a schedule of the steps done before, which begins with 0.
+      loraplus_lr_ratio: LoRA+'s: B, and DoRA's m, have this times the learning rate.
       moments: how they are kept; a step uses them before they are packed.
 
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101. After 20 steps parameters of size 4 are at
@@ -88,18 +92,22 @@ def adamw(
             learning_rate(state.count) if callable(learning_rate) else learning_rate, jnp.float32
         )
         t = count.astype(jnp.float32)
-        step = rate / (1 - jnp.float32(b1) ** t)
+        bias = 1 - jnp.float32(b1) ** t
         shrink = 1 / jnp.sqrt(1 - jnp.float32(b2) ** t)
-        decay = 1 - rounded(rate * weight_decay)
+        slow = fast = rate / bias, 1 - rounded(rate * weight_decay)
+        if loraplus_lr_ratio is not None:
+            rate = rounded(rate * loraplus_lr_ratio)
+            fast = rate / bias, 1 - rounded(rate * weight_decay)
+        rates = [fast if quick else slow for quick in are_faster(params)]
         layers = layer_count(params)
         leaves, structure = jax.tree.flatten(params)
         rows = zip(
-            *(leaves, structure.flatten_up_to(grads)),
+            *(leaves, rates, structure.flatten_up_to(grads)),
             *(structure.flatten_up_to(state.m), structure.flatten_up_to(state.v)),
             strict=True,
         )
         found = []
-        for p, g, kept_m, kept_v in rows:
+        for p, (step, decay), g, kept_m, kept_v in rows:
             m = rounded(b1 * moments.unpack(kept_m, p, True)) + rounded((1 - b1) * g)
             v = rounded(b2 * moments.unpack(kept_v, p, False)) + rounded((1 - b2) * g * g)
             new = rounded(decay * p) - rounded(step * (m / (rounded(shrink * jnp.sqrt(v)) + eps)))
@@ -110,3 +118,13 @@ def adamw(
         return updates, AdamWState(count, m, v)
 
     return optax.GradientTransformation(init, update)
+
+
+def are_faster(params: Any) -> list[bool]:
+    """Which leaves have LoRA+'s learning rate: B, and DoRA's m; not A, nor modules held in full.
+
+    Source: Hayou and others 2024, arXiv 2402.12354; the groups of
+    `peft.optimizers.create_loraplus_optimizer`, where what has one axis goes with B.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [bool(path) and getattr(path[-1], "key", None) in FASTER for path in paths]

@@ -44,6 +44,7 @@ def adamw8bit(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    loraplus_lr_ratio: float | None = None,
 ) -> optax.GradientTransformation:
     """`adamw` with moments in 8 bits; a step uses them before they are rounded again.
 
@@ -63,6 +64,7 @@ def adamw8bit(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
+        loraplus_lr_ratio=loraplus_lr_ratio,
         moments=Moments(zeros, packed, unpacked),
     )
 

@@ -17,13 +17,21 @@ def paged_adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    loraplus_lr_ratio: float | None = None,
     bits: int = 32,
     memory: str = "device",
     resident: int = 0,
     page_bytes: int = PAGE_BYTES,
 ) -> Paged:
     """`adamw` or, with `bits=8`, `adamw8bit`; paged to host memory or resident."""
-    tx = ADAMW[bits](learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    tx = ADAMW[bits](
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+    )
     return Paged(
         tx,
         memory=memory,

@@ -111,21 +111,24 @@ class Report:
     report = Report(tuple(measure(name, w, quantize(w)) for name, w in weights))
     print(report.short())
     report.plot("quantization.png")
+
+    Attributes:
+      weights: each with what is lost; where an adapter makes up for some of it, what is lost then.
+      alone: where there is such an adapter, what plain 4 bits would lose, in the same order.
     """
 
     weights: tuple[WeightError, ...]
+    alone: tuple[WeightError, ...] = ()
 
     @property
     def total(self) -> WeightError:
         """All weights as one: the largest error, sums over every number."""
-        return WeightError(
-            name=f"all {len(self.weights)} weights",
-            parameters=sum(w.parameters for w in self.weights),
-            nbytes=sum(w.nbytes for w in self.weights),
-            max_error=max((w.max_error for w in self.weights), default=0.0),
-            squared_error=sum(w.squared_error for w in self.weights),
-            squared_weight=sum(w.squared_weight for w in self.weights),
-        )
+        return in_all(self.weights)
+
+    @property
+    def plain(self) -> WeightError:
+        """What plain 4 bits would lose in all."""
+        return in_all(self.alone or self.weights)
 
     def worst(self, count: int) -> list[WeightError]:
         """The `count` weights with the largest relative error, worst first."""
@@ -137,12 +140,15 @@ class Report:
         title = None if worst is None else f"The {len(shown)} weights that lost most, and all"
         table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
         table.add_column("weight", overflow="fold", min_width=30)
-        for heading in ("parameters", "bits", "max error", "RMS error", "relative", "SNR (dB)"):
+        headings = ("parameters", "bits", "max error", "RMS error", "relative", "SNR (dB)")
+        for heading in headings + (("4 bits alone",) if self.alone else ()):
             table.add_column(heading, justify="right", no_wrap=True)
+        alone = {weight.name: (percent(weight),) for weight in self.alone}
         for weight in shown:
-            table.add_row(*cells(weight))
+            table.add_row(*cells(weight), *alone.get(weight.name, ()))
         table.add_section()
-        table.add_row(*cells(self.total), style="bold")
+        plain = (percent(self.plain),) if self.alone else ()
+        table.add_row(*cells(self.total), *plain, style="bold")
         return table
 
     def short(self, worst: int = 3) -> str:
@@ -152,14 +158,35 @@ class Report:
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
     def to_json(self) -> dict[str, Any]:
-        """`{"total": {...}, "weights": [{...}, ...]}`, see `WeightError.to_json`."""
-        return {"total": self.total.to_json(), "weights": [w.to_json() for w in self.weights]}
+        """`{"total": {...}, "weights": [{...}, ...]}`, see `WeightError.to_json`; and `alone`."""
+        found = {"total": self.total.to_json(), "weights": [w.to_json() for w in self.weights]}
+        if self.alone:
+            each = [weight.to_json() for weight in self.alone]
+            found["alone"] = {"total": self.plain.to_json(), "weights": each}
+        return found
 
     def plot(self, path: str | PathLike) -> None:
         """Draws relative error by layer and projection, and the largest errors, to a PNG file."""
         from qlora_jax.quantization.plot import plot
 
         plot(self, path)
+
+
+def in_all(weights: tuple[WeightError, ...]) -> WeightError:
+    """Weights as one: the largest error, sums over every number."""
+    return WeightError(
+        name=f"all {len(weights)} weights",
+        parameters=sum(w.parameters for w in weights),
+        nbytes=sum(w.nbytes for w in weights),
+        max_error=max((w.max_error for w in weights), default=0.0),
+        squared_error=sum(w.squared_error for w in weights),
+        squared_weight=sum(w.squared_weight for w in weights),
+    )
+
+
+def percent(weight: WeightError) -> str:
+    """The relative error as people read it."""
+    return f"{weight.relative_error:.2%}"
 
 
 def cells(weight: WeightError) -> tuple[str, ...]:
@@ -170,6 +197,6 @@ def cells(weight: WeightError) -> tuple[str, ...]:
         f"{weight.bits_per_parameter:.3f}",
         f"{weight.max_error:.3g}",
         f"{weight.rms_error:.3g}",
-        f"{weight.relative_error:.2%}",
+        percent(weight),
         f"{weight.snr_db:.2f}",
     )

@@ -32,12 +32,17 @@ from qlora_jax.train.config_checks import (
 from qlora_jax.train.config_rules import EVALUATION, REQUIRED, UNUSED, has_eval_data
 from qlora_jax.train.config_yaml import parse_overrides, read_yaml, to_yaml
 
+INIT = r"^(default|loftq(_niter_[0-9]{1,3})?)$"
+
 Count = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Init = Annotated[
+    str, Field(pattern=INIT, description="default, loftq, or loftq_niter_N with N iterations")
+]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "chat_template", "output_dir")
@@ -60,6 +65,7 @@ class TrainConfig(BaseModel):
     model: str | None = None
     revision: str | None = None
     adapter: str | None = None
+    frozen_adapters: list[str] = []
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
 
     # quantization
@@ -80,7 +86,7 @@ class TrainConfig(BaseModel):
     alpha_pattern: dict[str, Positive] = {}
     use_rslora: bool = False
     use_dora: bool = False
-    init: Literal["default"] = "default"
+    init: Init = "default"
     modules_to_save: list[Literal[*SAVED]] = []
 
     # data
@@ -98,6 +104,7 @@ class TrainConfig(BaseModel):
 
     # training
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    loraplus_lr_ratio: Positive | None = None
     lr_scheduler: Literal[*SCHEDULES] = "constant"
     warmup_ratio: Share = 0.03
     batch_size: Count = 1
@@ -165,6 +172,8 @@ class TrainConfig(BaseModel):
         values, notes, problems = translated(read_yaml(path), known)
         problems = relabelled(problems, str(path), ())
         values |= {key: beside(path, key, values[key]) for key in PATHS if key in values}
+        if isinstance(below := values.get("frozen_adapters"), list):
+            values["frozen_adapters"] = [beside(path, "adapter", one) for one in below]
         over, more_notes, more_problems = translated(parse_overrides(overrides), known)
         problems += relabelled(more_problems, "command line", ())
         values |= over
@@ -189,6 +198,7 @@ class TrainConfig(BaseModel):
         for key in PATHS:
             if is_path(key, kept.get(key)) or os.path.exists(kept.get(key) or ""):
                 kept[key] = os.path.abspath(kept[key])
+        kept["frozen_adapters"] = [os.path.abspath(one) for one in self.frozen_adapters]
         return to_yaml(kept)
 
     def replace(self, **changes: Any) -> "TrainConfig":

@@ -137,7 +137,9 @@ def invalid(error: ValidationError, model: type[BaseModel]) -> list[InputError]:
 
 
 def expected(schema: dict[str, Any]) -> str:
-    """A JSON schema in words: `a whole number from 1 to 4096`."""
+    """A JSON schema in words, its own if it has some: `a whole number from 1 to 4096`."""
+    if "description" in schema:
+        return schema["description"]
     if "anyOf" in schema:
         return " or ".join(expected(option) for option in schema["anyOf"])
     if "enum" in schema:

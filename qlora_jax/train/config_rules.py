@@ -114,6 +114,16 @@ class Contradiction(NamedTuple):
     hint: str
 
 
+def is_word(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is one of these words."""
+    return lambda value: isinstance(value, str) and value in words
+
+
+def is_named(*words: str) -> Callable[[Any], bool]:
+    """Whether a value is one of these words, or one of them with more behind it."""
+    return lambda value: isinstance(value, str) and value.startswith(words)
+
+
 CONTRADICTIONS = (
     Contradiction(
         "gradient_checkpointing",
@@ -124,6 +134,35 @@ CONTRADICTIONS = (
         "keeps more than a layer's input, and of layers that come from disk no more can be kept",
         "full or offload with stream_weights disk",
         "gradient_checkpointing=offload",
+    ),
+    Contradiction(
+        "init",
+        lambda s: is_named("loftq")(s["init"]) and s["load_in_4bit"] is False,
+        "makes up for what 4 bits lost, and load_in_4bit is false",
+        "default where nothing is lost",
+        "load_in_4bit=true",
+    ),
+    Contradiction(
+        "init",
+        lambda s: is_named("loftq")(s["init"]) and s["use_dora"] is True,
+        "with DoRA, whose lengths of rows are those of the base alone",
+        "default with use_dora",
+        "use_dora=false",
+    ),
+    *(
+        Contradiction(
+            key,
+            lambda s, key=key, wrong=wrong: bool(s["frozen_adapters"]) and wrong(s[key]),
+            why,
+            f"{key}={instead} with frozen_adapters",
+            f"{key}={instead}, or compose the adapters first and go on from the result",
+        )
+        for key, wrong, why, instead in (
+            ("lora_dropout", bool, "would drop inputs of the frozen adapters too", "0"),
+            ("use_dora", bool, "has no sum with the frozen adapters", "false"),
+            ("modules_to_save", bool, "has no sum with the frozen adapters", "[]"),
+            ("stream_weights", "disk".__eq__, "computes no frozen adapters", "on"),
+        )
     ),
 )
 
@@ -137,16 +176,6 @@ class Unsupported(NamedTuple):
     hint: str
 
 
-def is_word(*words: str) -> Callable[[Any], bool]:
-    """Whether a value is one of these words."""
-    return lambda value: isinstance(value, str) and value in words
-
-
-def is_other_than(*words: str) -> Callable[[Any], bool]:
-    """Whether a value is a word, and none of these."""
-    return lambda value: isinstance(value, str) and value not in words
-
-
 UNSUPPORTED = (
     Unsupported(
         "revision",
@@ -156,9 +185,15 @@ UNSUPPORTED = (
     ),
     Unsupported(
         "init",
-        is_other_than("default"),
-        "A and B begin as PEFT's default, no other way yet",
-        "init=default",
+        is_named("pissa"),
+        "it changes the base, which a run leaves as it is",
+        "qlora-jax quantize MODEL OUT --init pissa, then model=OUT and adapter=OUT/adapter",
+    ),
+    Unsupported(
+        "init",
+        is_named("gaussian", "eva", "olora", "orthogonal", "corda", "lora_ga", "mica"),
+        "A and B begin as PEFT's default or as LoftQ's",
+        "init=default or init=loftq",
     ),
     Unsupported(
         "report_to",

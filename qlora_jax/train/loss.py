@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.cross_entropy import CrossEntropy, cross_entropy
 from pallas_kernels.nf4_matmul.weight import Weight, stored
 from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.on_top import on_top
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.linear import stored_as
@@ -27,6 +28,7 @@ def loss_fn(
     batch: Batch,
     *,
     spec: LoraSpec | None = None,
+    frozen: Adapter | None = None,
     dropout_key: Array | None = None,
     remat: str = "none",
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -44,12 +46,14 @@ def loss_fn(
       batch: `input_ids` and `labels` (B, S) int32, -100 where a label does not count; optional
         `positions` and `segment_ids` (0 is padding), as the loader makes them.
       spec: the adapter's static part.
+      frozen: an adapter that lies below it and has no gradient, see adapters/on_top.py.
       dropout_key: a key for the adapter's dropout; None in evaluation.
       remat: see `Decoder.hidden`.
 
     Source: the shift and the -100 of transformers' causal language models.
     """
-    sums, count = token_sums(params, model, batch, spec=spec, dropout_key=dropout_key, remat=remat)
+    more = {"spec": spec, "frozen": frozen, "dropout_key": dropout_key, "remat": remat}
+    sums, count = token_sums(params, model, batch, **more)
     return sums.loss, count
 
 
@@ -59,11 +63,14 @@ def token_sums(
     batch: Batch,
     *,
     spec: LoraSpec | None = None,
+    frozen: Adapter | None = None,
     dropout_key: Array | None = None,
     remat: str = "none",
 ) -> tuple[CrossEntropy, Int[Array, ""]]:
     """As `loss_fn`, with the number of right guesses beside the loss."""
     adapter = None if spec is None else Adapter(params, spec)
+    if frozen is not None:
+        adapter = frozen if adapter is None else on_top(frozen, adapter)
     hidden = model.hidden(
         batch["input_ids"],
         positions=batch.get("positions"),

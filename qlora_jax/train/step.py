@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.placement import OVERLAP
@@ -58,6 +59,7 @@ def micro_gradients(
     batch: Batch,
     *,
     spec: LoraSpec,
+    frozen: Adapter | None = None,
     dropout_key: Array | None = None,
     loss_scale: Array | float = 1.0,
     remat: str = "none",
@@ -65,13 +67,13 @@ def micro_gradients(
     """Loss and gradient sums of one micro batch, with respect to the adapter alone; not compiled.
 
     Args:
+      frozen: as of `loss_fn`.
       loss_scale: multiplies the loss before the backward pass, for float16; `finish` takes it out.
     """
+    more = {"spec": spec, "frozen": frozen, "dropout_key": dropout_key, "remat": remat}
 
     def scaled(params):
-        sums, count = token_sums(
-            params, model, batch, spec=spec, dropout_key=dropout_key, remat=remat
-        )
+        sums, count = token_sums(params, model, batch, **more)
         return sums.loss * loss_scale, (sums, count)
 
     (_, (sums, count)), grads = jax.value_and_grad(scaled, has_aux=True)(params)

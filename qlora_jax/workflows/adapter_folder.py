@@ -5,6 +5,7 @@ refuses fields of ours in adapter_config.json.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from qlora_jax.quantization.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ON_TOP_OF = "on_top_of"  # in qlora_jax.json: the adapters below, see workflows/below.py
 
 
 def save_adapter(
@@ -63,17 +66,26 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | Path, model: Decoder | LayerwiseDecoder, *, any_base: bool = False
+    path: str | Path,
+    model: Decoder | LayerwiseDecoder,
+    *,
+    any_base: bool = False,
+    beside: Sequence[str | Path] = (),
 ) -> Adapter:
     """The adapter in a PEFT folder, refused when it says that it was trained on another base.
+
+    An adapter that was trained on top of others has these in its base: without them it is half of
+    what was trained, and refused too.
 
     Args:
       path: the folder: a run's, a checkpoint's, or any that PEFT wrote.
       model: the base.
       any_base: do not compare.
+      beside: folders of adapters that are used together with this one.
 
     Raises:
-      InputError: a file is missing or damaged, or does not fit the model.
+      InputError: a file is missing or damaged, or does not fit the model; PEFT-BELOW, an adapter
+        that this one was trained on top of is not `beside` it.
       ConfigMismatch: PEFT-BASE, with both fingerprints.
     """
     adapter = peft.load_adapter(path, model)
@@ -90,19 +102,57 @@ def load_adapter(
             "the model that it was trained on",
             "that model, or --any-base",
         )
+    if not any_base:
+        refuse_without_below(path, saved.get(ON_TOP_OF, []), beside)
     return adapter
+
+
+def refuse_without_below(path: str | Path, below: Any, beside: Sequence[str | Path]) -> None:
+    """Refuses an adapter where one that it was trained on top of is not there.
+
+    Raises:
+      InputError: PEFT-BELOW; PEFT-EXTRA, qlora_jax.json is damaged.
+    """
+    if not below:
+        return
+    try:
+        wanted = {(one["sha256"], one["config_sha256"]): str(one["path"]) for one in below}
+    except (TypeError, KeyError, AttributeError):
+        found, expected = f"{ON_TOP_OF} is {below!r:.80}", "path, sha256 and config_sha256 of each"
+        raise InputError("PEFT-EXTRA", f"{path}/{peft.EXTRA}", found, expected) from None
+    there = {tuple(digests(one).values()) for one in beside}
+    if lost := [name for key, name in wanted.items() if key not in there]:
+        raise InputError(
+            "PEFT-BELOW",
+            path,
+            f"was trained on top of {listed(lost)}: alone it is half of what was trained",
+            "both together",
+            f"qlora-jax compose {' '.join(lost)} {path} -o BOTH --model BASE, and then BOTH",
+        )
+
+
+def digests(path: str | Path) -> dict[str, str]:
+    """SHA-256 of an adapter's tensors, and of its configuration, which holds the scales."""
+    folder = Path(path)
+    alone = folder / peft.OLD_TENSORS
+    tensors = folder / peft.TENSORS if (folder / peft.TENSORS).exists() else alone
+    return {
+        "sha256": manifest.file_digest(tensors)["sha256"],
+        "config_sha256": manifest.file_digest(folder / peft.CONFIG)["sha256"],
+    }
 
 
 def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     """The adapter in a PEFT folder, or in one of Orbax, for a model that is known by its config.
 
     Raises:
-      InputError: what `peft.read_adapter` and `load_orbax` refuse; EXPORT-ORBAX, EXPORT-BASE: Orbax
-        holds something else, or an adapter of another model.
+      InputError: what `peft.read_adapter` and `load_orbax` refuse; PEFT-BELOW as of `load_adapter`;
+        EXPORT-ORBAX, EXPORT-BASE: Orbax holds something else, or an adapter of another model.
       StorageError: what Orbax holds is damaged.
     """
     path, shapes, layers = Path(path), module_shapes(config), config.num_hidden_layers
     if (path / peft.CONFIG).exists() or not (path / manifest.NAME).exists():
+        refuse_without_below(path, peft.read_extra(path).get(ON_TOP_OF), ())
         return peft.read_adapter(path, shapes, layers)
     adapter = load_orbax(path)
     if not isinstance(adapter, Adapter):

@@ -84,3 +84,9 @@ class BatchSource:
                 "a list or another iterable that begins anew each epoch",
             )
         return itertools.islice(iter(self.data), skip, None)
+
+
+def real_tokens(batch: Any) -> int:
+    """Tokens of a batch that are not padding."""
+    segments = batch.get("segment_ids")
+    return int(batch["input_ids"].size if segments is None else (np.asarray(segments) > 0).sum())

@@ -4,7 +4,7 @@ One weight is in memory at a time, and the next one is read meanwhile.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,7 @@ def quantize_checkpoint(
     refuse_existing(out)
     errors: list[WeightError] = []
     with open_source(path) as source:
-        if is_4bit(source.config, str(path)):
-            found, hint = "is quantized already", "the dense model"
-            raise InputError("W4-REQUANTIZE", path, found, "dense weights", hint)
+        refuse_4bit(source)
         loader = loader_of(
             source,
             quantization or QuantizationConfig(),
@@ -70,7 +68,7 @@ def quantize_checkpoint(
             progress=progress,
             on_weight=(lambda *weight: errors.append(measure(*weight))) if report else None,
         )
-        more = report_files(errors) if report else {}
+        more = report_files(lambda: Report(tuple(errors))) if report else {}
         copied = write_4bit(loader, out, shard_bytes, more)
     return Report(tuple(errors)) if report else None, copied
 
@@ -104,9 +102,16 @@ def bnb_checkpoint(
 
 
 def write_4bit(
-    loader: Loader, out: str | Path, shard_bytes: int, more: Mapping[str, Content] | None = None
+    loader: Loader,
+    out: str | Path,
+    shard_bytes: int,
+    more: Mapping[str, Content] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> bool:
     """A loader's weights, 4-bit and dense, with the tokenizer and `more` beside them.
+
+    Args:
+      finish: as for `save_quantized`.
 
     Returns:
       Whether a tokenizer was copied.
@@ -119,6 +124,7 @@ def write_4bit(
         out,
         extra_files={**files, **(more or {})},
         shard_bytes=shard_bytes,
+        finish=finish,
     )
     return has_tokenizer(files)
 
@@ -131,17 +137,28 @@ def loader_of(
     return Loader(source, config, quantization, dtype or source_dtype(source), **calls)
 
 
-def report_files(errors: list[WeightError]) -> dict[str, Content]:
-    """The report as JSON and as a plot, by file name; each is made when `errors` is complete."""
+def refuse_4bit(source: Source) -> None:
+    """Quantizing twice loses twice.
+
+    Raises:
+      InputError: W4-REQUANTIZE.
+    """
+    if is_4bit(source.config, str(source.path)):
+        found, hint = "is quantized already", "the dense model"
+        raise InputError("W4-REQUANTIZE", source.path, found, "dense weights", hint)
+
+
+def report_files(report: Callable[[], Report]) -> dict[str, Content]:
+    """The report as JSON and as a plot, by file name; it is asked for when it is complete."""
 
     def plot() -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "quantization.png")
-            Report(tuple(errors)).plot(path)
+            report().plot(path)
             return path.read_bytes()
 
     return {
-        "quantization.json": lambda: as_json(Report(tuple(errors)).to_json()),
+        "quantization.json": lambda: as_json(report().to_json()),
         "quantization.png": plot,
     }
 

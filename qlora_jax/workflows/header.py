@@ -37,6 +37,8 @@ def rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
         yield "note", note
     yield "model", f"{config.model or 'given'}: {described(model)}"
     yield "adapter", adapted(model, lora)
+    if trainer.below.adapter is not None:
+        yield "on top of", ", ".join(one["path"] for one in trainer.below.origin) or "given"
     yield "targets", ", ".join(lora.spec.targets)
     if saved := lora.spec.modules_to_save:
         yield "in full", ", ".join(saved)

@@ -1,6 +1,7 @@
 """Opens a base as its adapter was trained on it: quantized the same way, in the same dtype."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,11 @@ from qlora_jax.checkpoints.bnb4bit import is_4bit
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.checkpoints.load import Progress, Source, source_dtype
 from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, Note
 from qlora_jax.models import Decoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.workflows.adapter_folder import trained_with
+from qlora_jax.workflows.closer import ADAPTER, is_residual
 from qlora_jax.workflows.companions import companions, has_tokenizer
 from qlora_jax.workflows.open import load_model, open_source
 
@@ -97,6 +99,9 @@ def open_as_trained(
         raise InputError("PEFT-FOLDER", adapter, found, "a PEFT adapter's folder")
     with open_source(path) as source:
         choice = choose(source, adapter, **how)
+        if adapter is None and is_residual(source):
+            text = f"{path} is what PiSSA left of a model: it is one only with {path}/{ADAPTER}"
+            warnings.warn(Note(text), stacklevel=2)
         model = load_model(
             source, quantization=choice.quantization, dtype=choice.dtype, progress=progress
         )

@@ -11,7 +11,7 @@ from pallas_kernels.quantize.api import DoubleQuantized
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.errors import DoesNotFit
 from qlora_jax.memory import budget
-from qlora_jax.memory.changes import Change, changes
+from qlora_jax.memory.changes import changes
 from qlora_jax.memory.estimate import Estimator
 from qlora_jax.memory.planner import Plan, plan, plan_of
 from qlora_jax.memory.program import Micro
@@ -64,17 +64,11 @@ def refuse_too_large(found: Plan, say: Callable[[str], object]) -> None:
     Raises:
       DoesNotFit: RUN-MEMORY, with what would help.
     """
-    if found.fits:
-        return
-    for line in found.table():
-        say(line)
-    raise DoesNotFit(
-        "RUN-MEMORY",
-        found.budget.name,
-        f"the run needs {gb(found.device_bytes)} on the device, {gb(found.host_bytes)} of the host",
-        f"at most {gb(found.budget.device)}: {found.budget.how}",
-        advice(found),
-    )
+    if not found.fits:
+        needs = f"the run needs {gb(found.device_bytes)} on the device"
+        needs += f", {gb(found.host_bytes)} of the host"
+        limit = f"at most {gb(found.budget.device)}: {found.budget.how}"
+        raise too_large("RUN-MEMORY", found, needs, limit, say)
 
 
 @contextlib.contextmanager
@@ -89,26 +83,21 @@ def explained(config: TrainConfig, found: Plan, say: Callable[[str], object]) ->
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and EXHAUSTED not in str(error):
             raise
-        found = dataclasses.replace(found, fits=False, changes=what_helps(config, found))
-        for line in found.table():
-            say(line)
-        raise DoesNotFit(
-            "RUN-OOM",
-            found.budget.name,
-            f"memory ran out: {first_line(error)}",
-            f"the {gb(found.device_bytes)} of the plan",
-            advice(found),
-        ) from error
+        less = changes(Estimator(found.micro, config), config, found.estimate, found.budget)
+        found = dataclasses.replace(found, fits=False, changes=less)
+        ran_out = f"memory ran out: {first_line(error)}"
+        planned = f"the {gb(found.device_bytes)} of the plan"
+        raise too_large("RUN-OOM", found, ran_out, planned, say) from error
 
 
-def what_helps(config: TrainConfig, found: Plan) -> tuple[Change, ...]:
-    """What would take less than a plan that was thought to fit."""
-    return changes(Estimator(found.micro, config), config, found.estimate, found.budget)
-
-
-def advice(found: Plan) -> str:
-    """The cheapest changes, in words."""
-    return ", or ".join(change.change for change in found.changes[:ADVICE])
+def too_large(
+    code: str, found: Plan, what: str, limit: str, say: Callable[[str], object]
+) -> DoesNotFit:
+    """The error of a plan that does not hold, its table printed, with the cheapest changes."""
+    for line in found.table():
+        say(line)
+    advice = ", or ".join(change.change for change in found.changes[:ADVICE])
+    return DoesNotFit(code, found.budget.name, what, limit, advice)
 
 
 def first_line(error: BaseException) -> str:

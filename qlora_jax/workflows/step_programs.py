@@ -42,7 +42,10 @@ def optimizer_for(
         b1=config.adam_beta1,
         b2=config.adam_beta2,
         weight_decay=config.weight_decay,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
     memory = plan.choices.optim_memory
     optimizer, _ = choose_paged(adamw, lora.params, memory, elementwise=True, contracts=False)
-    return optimizer, f"state on the {memory} ({plan.reasons['optim_memory']})"
+    ratio = config.loraplus_lr_ratio
+    told = "" if ratio is None else f"; LoRA+, B at {ratio:g} times the learning rate"
+    return optimizer, f"state on the {memory} ({plan.reasons['optim_memory']}){told}"

@@ -101,4 +101,7 @@ def guarded(
     copies = isinstance(model, Decoder) and (in_host(model.layers) or remat == "offload")
     if not copies or jax.default_backend() == "cpu" or (fault := stream_fault(remat)) is None:
         return model, ()
-    return layerwise(model), (f"layers are fetched from Python: {fault}",)
+    note = f"layers are fetched from Python: {fault}"
+    if remat not in ("full", "offload"):
+        note += f"; gradient_checkpointing={remat} becomes full"
+    return layerwise(model), (note,)

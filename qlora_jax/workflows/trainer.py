@@ -35,7 +35,8 @@ from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loss_scale import LossScale
 from qlora_jax.train.step import Sums, accumulate, finish
 from qlora_jax.workflows.adapter_folder import save_adapter
-from qlora_jax.workflows.batches import BatchSource
+from qlora_jax.workflows.batches import BatchSource, real_tokens
+from qlora_jax.workflows.below import Below, refuse_kinds
 from qlora_jax.workflows.header import header
 from qlora_jax.workflows.hub import repository
 from qlora_jax.workflows.recorder import Recorder
@@ -82,6 +83,7 @@ class Trainer:
       config: every knob of the run.
       tokenizer: saved beside the adapter, if given.
       eval_data: a Dataset that `eval_steps` evaluates on.
+      below: frozen adapters that this one is trained on top of, see workflows/below.py.
       optimizer: an optax transform instead of `config.optim`; clipping to `max_grad_norm` comes
         before it. It runs on the device, unless `elementwise` says that it may be paged.
       elementwise: the transform treats every number apart from all others.
@@ -105,6 +107,7 @@ class Trainer:
         tokenizer: "PreTrainedTokenizerFast | None" = None,
         *,
         eval_data: Dataset | None = None,
+        below: Below = Below(),  # noqa: B008 (frozen, and empty)
         optimizer: optax.GradientTransformation | None = None,
         elementwise: bool = False,
         plan: Plan | None = None,
@@ -115,8 +118,11 @@ class Trainer:
             raise InputError(
                 "RUN-FOLDER", "output_dir", "missing", "a folder", "output_dir=out/run"
             )
-        self.lora, self.config, self.tokenizer = lora, config, tokenizer
-        self.eval_data, self.say = eval_data, say
+        # In host memory: what is trained is a copy, and a GPU need not hold both.
+        self.lora = jax.tree.map(np.asarray, lora)
+        self.config, self.tokenizer = config, tokenizer
+        self.eval_data, self.below, self.say = eval_data, below, say
+        refuse_kinds(below, lora, model)
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         if eval_data is None:
             config.refuse_unused_evaluation()
@@ -201,15 +207,17 @@ class Trainer:
         return self.end(state, folder, recorder)
 
     def make_room(self, state: RunState, batch: Any) -> None:
-        """Runs the largest micro batch so far once, for nothing, beside a sum of earlier ones.
+        """Runs the largest micro batch so far once, for nothing, beside the sum of those before it.
 
         So memory runs out before the first step or not at all. What is free then tells how much of
         the optimizer's state may stay on the device.
         """
         self.largest = batch["input_ids"].size
-        new = self.micro_batch(state, batch, 0)
-        jax.block_until_ready(accumulate(jax.tree.map(jnp.zeros_like, new), new))
-        del new
+        sums = self.micro_batch(state, batch, 0)
+        if self.config.gradient_accumulation_steps > 1:
+            sums = accumulate(sums, self.micro_batch(state, batch, 0))
+        jax.block_until_ready(sums)
+        del sums
         passing = passing_device_bytes()
         if passing is not None and self.config.optim_memory == "auto":
             state.optimizer, self.memory_reason = self.optimizer.fit(
@@ -220,12 +228,11 @@ class Trainer:
         """The state of step 0, or that of a checkpoint."""
         # A copy, for updates donate what they get; committed, or the programs that take it would be
         # compiled again after the first update.
-        params = to_device(jax.tree.map(lambda a: a.copy(), self.lora.params))
+        params = to_device(jax.tree.map(jnp.array, self.lora.params))
         scale = LossScale.for_dtype(self.model.dtype)
         state = RunState(params, self.optimizer.init(params), Counters(loss_scale=scale))
-        self.identity = Identity.of(
-            self.config, fingerprint(self.model), self.batches.fingerprint, self.lora.spec
-        )
+        base = fingerprint(self.model) + self.below.digest
+        self.identity = Identity.of(self.config, base, self.batches.fingerprint, self.lora.spec)
         refuse_small_disk(folder.path, 2 * nbytes([state.params, state.optimizer]))
         if resume is None:
             return state
@@ -292,6 +299,7 @@ class Trainer:
             state.params,
             self.model,
             self.batches.inputs(batch),
+            **self.below.arguments,
             spec=spec,
             dropout_key=key,
             loss_scale=counters.loss_scale.value,
@@ -321,7 +329,8 @@ class Trainer:
         due = counters.step % self.config.eval_steps == 0 or counters.step == self.total_steps
         if self.eval_data is None or not due:
             return
-        result = perplexity(self.model, self.eval_data, adapter=self.adapter(state))
+        both = self.below.under(self.adapter(state))
+        result = perplexity(self.model, self.eval_data, adapter=both)
         recorder.evaluation(counters.step, result)
         if counters.best_eval_loss is not None and result.mean_nll >= counters.best_eval_loss:
             counters.evaluations_since_best += 1
@@ -377,7 +386,7 @@ class Trainer:
             self.model,
             self.tokenizer,
             base_model_name=repository(self.config.model),
-            extra={"step": state.counters.step},
+            extra={"step": state.counters.step, **self.below.facts},
             replace=True,
         )
 
@@ -386,9 +395,3 @@ class Trainer:
         per_epoch = self.batches.steps_per_epoch
         within = counters.batch / self.config.gradient_accumulation_steps
         return counters.epoch + (min(1.0, within / per_epoch) if per_epoch else 0.0)
-
-
-def real_tokens(batch: Any) -> int:
-    """Tokens of a batch that are not padding."""
-    segments = batch.get("segment_ids")
-    return int(batch["input_ids"].size if segments is None else (np.asarray(segments) > 0).sum())

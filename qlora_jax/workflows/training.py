@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.closer import Closer
 from qlora_jax.adapters.init import init_adapter
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints.gguf import GGUF
@@ -25,6 +26,8 @@ from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.workflows.adapter_folder import load_adapter
+from qlora_jax.workflows.below import open_below
+from qlora_jax.workflows.closer import loftq, refuse_beginning
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load_model, open_source
 from qlora_jax.workflows.room import laid_out, refuse_too_large
@@ -64,9 +67,12 @@ def open_run(
         tokenizer = open_tokenizer(config, source, shape)
         data, eval_data, read = open_data(config, tokenizer)
         spec = spec_of(config, shape) if config.adapter is None else None
+        if spec is not None:
+            refuse_beginning(config, source, spec)
         plan = laid_out(shape, config, max(data.row_lengths))
         refuse_too_large(plan, say)
         model = open_model(config, source, plan.choices.stream_weights, progress)
+    below = open_below(config.frozen_adapters, model)
     lora = begin(config, model, spec)
     return Trainer(
         model,
@@ -75,6 +81,7 @@ def open_run(
         config,
         tokenizer,
         eval_data=eval_data,
+        below=below,
         plan=plan,
         say=say,
         notes=notes + read,
@@ -161,8 +168,12 @@ def open_data(
 def begin(config: TrainConfig, model: Decoder | LayerwiseDecoder, spec: LoraSpec | None) -> Adapter:
     """A new adapter of this spec; without one, the adapter that the run goes on from."""
     if spec is not None:
-        return init_adapter(model, spec, jax.random.key(config.seed))
-    lora = load_adapter(config.adapter, model)
+        lora = init_adapter(model, spec, jax.random.key(config.seed))
+        if config.init == "default":
+            return lora
+        niter = Closer(config.init).niter
+        return loftq(lora, model, config.model, niter=niter, seed=config.seed)
+    lora = load_adapter(config.adapter, model, beside=config.frozen_adapters)
     if "lora_dropout" not in config.model_fields_set:
         return lora
     return Adapter(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.adapters.adapter import count_parameters
-from qlora_jax.checkpoints.load import Loader
+from qlora_jax.checkpoints.load import Loader, Source
 from qlora_jax.checkpoints.peft import read_adapter
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.errors import InputError, QloraError
@@ -22,6 +22,7 @@ from qlora_jax.train.config_rules import ALIASES
 from qlora_jax.train.config_yaml import parse_overrides, read_yaml
 from qlora_jax.train.for_model import fitted, quantization_of, spec_of
 from qlora_jax.weight_names import LAYERS
+from qlora_jax.workflows.closer import refuse_beginning
 from qlora_jax.workflows.header import millions
 from qlora_jax.workflows.open import open_source
 from qlora_jax.workflows.run_folder import refuse_used
@@ -118,7 +119,7 @@ def check_model(config: TrainConfig, found: Validation) -> None:
             if config.dataset is not None:
                 check_data(config, open_tokenizer(config, source, shape), found)
         with found.part():
-            check_targets(config, shape, found)
+            check_targets(config, source, shape, found)
 
 
 def check_data(config: TrainConfig, tokenizer: Any, found: Validation) -> None:
@@ -150,13 +151,18 @@ class Rejected(InputError):
         return self.message
 
 
-def check_targets(config: TrainConfig, shape: ModelConfig, found: Validation) -> None:
+def check_targets(
+    config: TrainConfig, source: Source, shape: ModelConfig, found: Validation
+) -> None:
     """What the adapter would be."""
     shapes = module_shapes(shape)
     if config.adapter is not None:
         spec = read_adapter(config.adapter, shapes, shape.num_hidden_layers).spec
     else:
         spec = spec_of(config, shape)
+        refuse_beginning(config, source, spec)
+    for path in config.frozen_adapters:
+        read_adapter(path, shapes, shape.num_hidden_layers)
     names = ", ".join((*spec.targets, *spec.modules_to_save))
     found.ok("targets", f"{names}: {millions(count_parameters(spec, shapes))} parameters")
 

@@ -238,3 +238,31 @@ def test_a_note_on_the_source_is_said_once(home, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("favourite_colour") == 1
         assert error.startswith("note ")
+
+
+def test_quantize_with_an_adapter_that_begins_closer(at_home):
+    """The folder, the adapter in it, what is said of both, and that a run goes on from there."""
+    out, shown = at_home(
+        "quantize model {out} --report --init pissa_niter_8 --iterations 2 --seed 3 --lora-r 8 "
+        "--lora-alpha 12 --use-rslora --target-modules q_proj,up_proj "
+        "--rank-pattern layers.1.mlp.up_proj=4 --alpha-pattern q_proj=6"
+    )
+    assert "4 bits alone" in shown
+    said = json.loads((out / "quantization.json").read_text())
+    together, alone = said["total"]["relative_error"], said["alone"]["total"]["relative_error"]
+    assert together < alone
+    assert (
+        f"closer     {100 * together:.2f}% from the model, 4 bits alone {100 * alone:.2f}%" in shown
+    )
+    assert f"adapter    {out}/adapter (pissa_niter_8): train with model={out} and adapter=" in shown
+    adapter = describe(out / "adapter")
+    assert adapter.facts["r"] == 8
+    assert adapter.facts["lora_alpha"] == 12
+    assert adapter.facts["use_rslora"] is True
+    assert adapter.facts["rank_pattern"] == {"layers.1.mlp.up_proj": 4}
+    assert adapter.facts["alpha_pattern"] == {"q_proj": 6}
+    assert set(adapter.targets) == {"self_attn.q_proj", "mlp.up_proj"}
+    for made in (adapter.made, describe(out).made):
+        init = made["init"]
+        assert (init["name"], init["iterations"], init["seed"]) == ("pissa_niter_8", 2, 3)
+        assert (init["source"], init["relative_error"]) == ("model", together)

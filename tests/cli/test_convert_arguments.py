@@ -110,6 +110,24 @@ CASES = {
     f"export {'a' * 300} out --format hf": ("FILE-READ", "File name too long"),
     f"quantize {'a' * 300} out": ("FILE-READ", "File name too long"),
     f"merge {'a' * 300} out --model model": ("FILE-READ", "File name too long"),
+    # quantize with an adapter that begins closer
+    "quantize model out --init piza": ("INIT-NAME", "'piza'", "loftq_niter_N", "pissa"),
+    "quantize model out --init gaussian": ("INIT-NAME", "'gaussian'"),
+    "quantize model out --init pissa --iterations 0": ("INIT-ITERATIONS", "0", "from 1 to 100"),
+    "quantize model out --init loftq": ("INIT-RANK", "rank 64", "32 x 64", "at most 32"),
+    "quantize model out --init loftq --lora-r 0": ("LORA-RANK", "0", "from 1 to 4096"),
+    "quantize model out --init loftq --lora-r 4 --lora-alpha 0": ("LORA-ALPHA", "0"),
+    "quantize model out --init loftq --lora-r 4 --target-modules q,o_proj": ("LORA-TARGETS", "'q'"),
+    "quantize model out --init loftq --lora-r 4 --rank-pattern up_proj": ("CLI-ARGS", "PATTERN="),
+    "quantize model out --init loftq --rank-pattern up_proj=0": ("LORA-RANK", "up_proj", "0"),
+    "quantize model out --init loftq --seed -1 --lora-r 4": ("INIT-SEED", "-1"),
+    "quantize model out --init": ("CLI-ARGS", "--init"),
+    "quantize model out --lora-r 8": ("INIT-OPTION", "--lora-r", "--init loftq"),
+    "quantize model out --use-rslora": ("INIT-OPTION", "--use-rslora", "no --init"),
+    "quantize model-4bit out --init pissa --lora-r 4": ("W4-REQUANTIZE", "quantized already"),
+    "quantize model run --init pissa --lora-r 4": ("OUT-EXISTS", "run"),
+    "quantize nowhere out --init pissa": ("MODEL-MISSING", "nowhere"),
+    "quantize run out --init pissa": ("CFG-MISSING", "this is an adapter"),
     # inspect
     "inspect": ("CLI-ARGS", "path"),
     "inspect nowhere": ("MODEL-MISSING", "nowhere"),
@@ -171,7 +189,8 @@ def test_help_names_every_argument_that_scripts_use(verb, capsys):
         main([verb, "--help"])
     shown = capsys.readouterr().out
     used = {
-        "quantize": "model out --dtype --shard-size --report",
+        "quantize": "model out --dtype --shard-size --report --init --iterations --lora-r "
+        "--lora-alpha --use-rslora --target-modules --rank-pattern --alpha-pattern --seed",
         "merge": "adapter out --model --base dequantized original --dtype --shard-size --bits "
         "--method requantize compensated --calibration --residual-rank --text --tolerance",
         "export": "path out --format hf bnb-4bit peft gguf gguf-lora orbax --model --dtype --type "

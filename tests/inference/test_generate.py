@@ -12,7 +12,12 @@ from qlora_jax.checkpoints.load import load_weights
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.inference import Sampling, decode, generate, stream_text
-from qlora_jax.inference.decode import advance, generate_tokens, prompt_pieces
+from qlora_jax.inference.decode import (
+    advance,
+    generate_tokens,
+    prefill,
+    prompt_pieces,
+)
 from qlora_jax.models import Decoder, ModelConfig
 from tests.data.small_tokenizer import byte_level
 from tests.golden_data import GoldenFile, golden_folder
@@ -78,21 +83,24 @@ def test_a_prompt_in_pieces_is_the_prompt(length, monkeypatch):
 
 
 def test_the_pieces_of_a_prompt():
-    pieces = prompt_pieces(list(range(300)))
-    assert [(ids.shape, count) for ids, count in pieces] == [((256,), 256), ((64,), 44)]
-    assert pieces[1][0].tolist() == [*range(256, 300), *[0] * 20]
-    assert [len(prompt_pieces([0] * n)[0][0]) for n in (1, 16, 17, 200)] == [16, 16, 32, 256]
+    pieces = prompt_pieces([list(range(300)), [7, 8]])
+    found = [(ids.shape, counts.tolist()) for ids, counts in pieces]
+    assert found == [((2, 256), [256, 2]), ((2, 64), [44, 0])]
+    assert pieces[0][0][1, :4].tolist() == [7, 8, 0, 0]
+    assert pieces[1][0][0].tolist() == [*range(256, 300), *[0] * 20]
+    assert [prompt_pieces([[0] * n])[0][0].shape[1] for n in (1, 16, 17, 200)] == [16, 16, 32, 256]
 
 
 def test_one_program_for_every_token_and_five_at_most_for_prompts():
     model = tiny_model(num_hidden_layers=1)
-    advance.clear_cache()
+    for program in (advance, prefill):
+        program.clear_cache()
     for length in (1, 3, 9, 16, 11):
         tokens(model, [5] * length, count=6)
-    assert advance._cache_size() == 2
+    assert (advance._cache_size(), prefill._cache_size()) == (1, 1)
     for length in (20, 33, 65, 129, 250):
         tokens(model, [5] * length, count=6)
-    assert advance._cache_size() == 6
+    assert (advance._cache_size(), prefill._cache_size()) == (1, 5)
 
 
 def test_sampled_tokens_are_a_function_of_the_seed():
@@ -166,7 +174,7 @@ def test_default_stops_are_the_model_s_the_tokenizer_s_and_the_template_s(monkey
         return iter(())
 
     module = importlib.import_module("qlora_jax.inference.generate")
-    monkeypatch.setattr(module, "generate_tokens", record)
+    monkeypatch.setattr(module, "generate_batch", record)
     model = tiny_model(eos_token_id=[200, 201])
     generate(model, TOKENIZER, "a")
     template = "{% for m in messages %}{{ m.content }}<|start|>{% endfor %}"

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from qlora_jax import process
 from qlora_jax.cli.main import main
 from qlora_jax.errors import InputError
-from qlora_jax.memory import budget, process
+from qlora_jax.memory import budget
 from qlora_jax.memory.budget import Budget
 from qlora_jax.memory.liveness import peak_bytes
 from qlora_jax.memory.planner import plan

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import gpu
 from pallas_kernels.backends import Unsupported
 from qlora_jax.models import attention, chunked_attention, cudnn_attention
+from qlora_jax.models.cache import Stored
 from qlora_jax.models.chunked_attention import Form, bands
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.scores import PLAIN, Scores
@@ -98,7 +99,7 @@ def test_a_cache_has_the_same_windows_and_caps(window):
     q, k, v, _ = case(12, packed=False)
     scores = Scores(softcap=1.5, window=window)
     expected = plain_attention(q, k, v, scores=scores)
-    room = [jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, 3), (0, 0))) for a in (k, v)]
+    room = [Stored(jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, 3), (0, 0)))) for a in (k, v)]
     for first in (0, 7):
         length = jnp.full((2,), first)
         found = attention.cached_attention(q[:, first:], *room, length, scores=scores)

@@ -20,7 +20,7 @@ lora_r=64 lora_alpha=16 lora_dropout=0.0 target_modules=all-linear exclude_modul
 rank_pattern={} alpha_pattern={} use_rslora=false use_dora=false init=default modules_to_save=[]
 dataset=null dataset_format=auto split=train eval_dataset=null val_size=0.0 chat_template=auto
 train_on=assistant max_seq_length=2048 packing=true overlong=truncate shuffle_seed=42
-learning_rate=2e-4 lr_scheduler=constant warmup_ratio=0.03 batch_size=1
+learning_rate=2e-4 loraplus_lr_ratio=null lr_scheduler=constant warmup_ratio=0.03 batch_size=1
 gradient_accumulation_steps=16 num_epochs=1 max_steps=null optim=paged_adamw_32bit adam_beta1=0.9
 adam_beta2=0.999 weight_decay=0.0 max_grad_norm=0.3 gradient_checkpointing=auto optim_memory=auto
 seed=0
@@ -123,6 +123,9 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
 REFUSED = [
     ("revision", "main"),
     ("init", "pissa"),
+    ("init", "pissa_niter_16"),
+    ("init", "gaussian"),
+    ("init", "olora"),
     ("report_to", ["wandb"]),
     ("report_to", ["jsonl", "tensorboard"]),
     ("lr_scheduler", "reduce_lr_on_plateau"),
@@ -155,6 +158,29 @@ def test_what_cannot_be_kept_of_layers_from_disk_is_refused():
     assert "gradient_checkpointing=offload" in text
     assert TrainConfig(stream_weights="disk", gradient_checkpointing="offload")
     assert TrainConfig(stream_weights="all", gradient_checkpointing="none")
+
+
+def test_loftq_needs_something_that_was_lost():
+    found, text = problems(lambda: TrainConfig(init="loftq", load_in_4bit=False))
+    assert found == {("CFG-TOGETHER", "init")}
+    assert "load_in_4bit=true" in text
+    found, text = problems(lambda: TrainConfig(init="loftq", use_dora=True))
+    assert found == {("CFG-TOGETHER", "init")}
+    assert "use_dora=false" in text
+    assert TrainConfig(init="loftq_niter_16", use_rslora=True)
+
+
+def test_pissa_names_the_command_that_makes_it():
+    _, text = problems(lambda: TrainConfig(init="pissa"))
+    assert "Try: qlora-jax quantize MODEL OUT --init pissa, then model=OUT" in text
+    with pytest.raises(InputError, match=r"'lofq' .expected default, loftq, or loftq_niter_N"):
+        TrainConfig(init="lofq")
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, float("inf"), "many"])
+def test_a_ratio_of_learning_rates_is_above_0(ratio):
+    with pytest.raises(InputError, match=r"loraplus_lr_ratio: .*above 0 or null"):
+        TrainConfig(loraplus_lr_ratio=ratio)
 
 
 IDLE = [

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax import process
 from qlora_jax.errors import DoesNotFit
-from qlora_jax.memory import process
 from qlora_jax.workflows import room, trainer, training
 from tests.workflows.runs import assert_same_run, batches_of, config, rows_of
 from tests.workflows.runs import trainer as opened
@@ -51,10 +51,11 @@ def test_a_trainer_of_objects_is_refused_too(home, tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-from qlora_jax.memory import process
+from qlora_jax import process
 from qlora_jax.errors import DoesNotFit
 from qlora_jax.workflows.training import open_run
 from qlora_jax.train.config import TrainConfig
+from transformers import PreTrainedTokenizerFast  # imported now: what it takes is not the run's
 import jax
 jax.devices()
 limit = process.address_space() + 150_000_000

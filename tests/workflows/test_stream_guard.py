@@ -3,10 +3,14 @@
 import jax
 import pytest
 
+from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.models import layers
+from qlora_jax.models.layerwise import LayerwiseDecoder
 from qlora_jax.models.remat import POLICIES
 from qlora_jax.placement import in_host
 from qlora_jax.workflows import stream_guard
+from qlora_jax.workflows.open import load_model
+from tests.golden_data import golden_folder
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +50,20 @@ def test_a_backward_that_walks_up_is_seen(monkeypatch, remat):
 def test_a_neighbours_weights_are_seen(monkeypatch):
     plant(monkeypatch, lambda i: i - 1, lambda tree: in_host(tree) and not is_backward(tree))
     assert "layer 0 of 5: the gradient of A" in stream_guard.stream_fault()
+
+
+def test_a_fault_is_told_and_the_layers_are_fetched_one_by_one(monkeypatch):
+    """On a GPU alone, which is pretended here: a CPU's programs copy nothing."""
+    with Shards(golden_folder("models") / "llama") as source:
+        model = load_model(source, quantization=None, stream_weights="on")
+    assert stream_guard.guarded(model, "none") == (model, ())
+    monkeypatch.setattr(stream_guard.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(stream_guard, "stream_fault", lambda remat: "layer 2 is wrong")
+    found, notes = stream_guard.guarded(model, "none")
+    assert isinstance(found, LayerwiseDecoder)
+    assert notes == (
+        "layers are fetched from Python: layer 2 is wrong; gradient_checkpointing=none becomes "
+        "full",
+    )
+    _, notes = stream_guard.guarded(model, "offload")
+    assert notes == ("layers are fetched from Python: layer 2 is wrong",)
