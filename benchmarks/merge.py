@@ -62,18 +62,18 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write results/merge.json")
     args = parser.parse_args()
     path = args.model or model_file()
-    with tempfile.TemporaryDirectory() as folder:
-        found = [
-            measured(path, seed, args.runs or Path(folder), Path(folder)) for seed in args.seeds
-        ]
-    bars = {
-        "dense below bfloat16 rounding": all(one["dense"]["passed"] for one in found),
-        "compensated loses at most half": all(one["share"] <= MOST for one in found),
-    }
-    result = {"bars": bars, "adapters": found}
-    if args.record:
-        whole = {**described(), "model": path.name, "recipe": RECIPE.name, **result}
-        RESULTS.write_text(json.dumps(whole, indent=2) + "\n")
+    found: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(measured(path, seed, args.runs or Path(folder), Path(folder)))
+        bars = {
+            "dense below bfloat16 rounding": all(one["dense"]["passed"] for one in found),
+            "compensated loses at most half": all(one["share"] <= MOST for one in found),
+        }
+        result = {"bars": bars, "adapters": found}
+        if args.record:
+            whole = {**described(), "model": path.name, "recipe": RECIPE.name, **result}
+            RESULTS.write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(result, indent=None if args.json else 2))
 
 
