@@ -85,11 +85,9 @@ def outline(facts: dict[str, Any], indent: str = "  ") -> Iterator[str]:
 
 
 def in_words(value: Any) -> str:
-    """A fact as text: a list or an object without quotes and braces, one inside it in brackets."""
+    """A fact as text: a list or an object without quotes and braces."""
     if isinstance(value, dict):
-        parts = {key: in_words(inner) for key, inner in value.items()}
-        inside = {key for key, inner in value.items() if isinstance(inner, dict)}
-        return " ".join(f"{k}=({w})" if k in inside else f"{k}={w}" for k, w in parts.items())
+        return " ".join(f"{key}={in_words(inner)}" for key, inner in value.items())
     return " ".join(map(in_words, value)) if isinstance(value, list) else str(value)
 
 
