@@ -13,7 +13,7 @@ REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
 
 # The table of the documentation: every key with its default.
 DEFAULTS = """
-model=null revision=null adapter=null dtype=bfloat16
+model=null revision=null adapter=null frozen_adapters=[] dtype=bfloat16
 load_in_4bit=true quant_type=nf4 double_quant=true block_size=64 quantize_lm_head=false
 stream_weights=auto
 lora_r=64 lora_alpha=16 lora_dropout=0.0 target_modules=all-linear exclude_modules=[]
