@@ -11,23 +11,32 @@ one took than the other in the same turn.
     batch8_overhead       8 rows with 8 different adapters, against 8 rows with one
     unused_overhead       the same 8 adapters of 32 that are loaded, against 8 of 8
 
---peer COMMAND (with `python -m benchmarks.decode`) is a program as peers.py describes it, which
-answers {"prepare": {"op": "generate", "path": PATH, "tokens": N}} with names, and {"run": NAME}
-with the seconds of one token: transformers' generate on the same weights.
+    peer                  how many times as fast as the peer's generate, for one row and for 8
+
+--peer COMMAND is a program as peers.py describes it: transformers' generate on the same weights.
+--record writes results/decode.json.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.machine import described
+from benchmarks.peers import Bitsandbytes
+from benchmarks.timing import rounds
 from qlora_jax.adapters import Adapter, AdapterStack, init_lora, stack_adapters
 from qlora_jax.adapters.stack import Which
 from qlora_jax.inference.decode import advance, started
@@ -37,6 +46,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.workflows.open import load_model, open_source
 
+RESULTS = Path(__file__).parent / "results" / "decode.json"
 PROMPT = 16  # tokens
 WARM_UP = 2  # tokens
 
@@ -86,33 +96,40 @@ class Run:
 
 
 def main() -> None:
+    """Times, and prints what came of it."""
     args = arguments()
+    result = measured(args)
+    if args.record:
+        RESULTS.write_text(json.dumps({**described(), **result}, indent=2) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:24} {value}")
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The medians, the overheads, and what they are of."""
     with open_source(args.model) as source:
         model = load_model(source, quantization=QuantizationConfig(), dtype=args.dtype)
     fast = for_decoding(model, args.decode_weights)
     print(f"weights {fast.reason}", file=sys.stderr)
-    contenders = rows_of(model, fast, args)
+    runs = {
+        name: functools.partial(run.seconds_of_a_token, args.turn)
+        for name, run in rows_of(model, fast, args).items()
+    }
     compiled = advance._cache_size()
     Run(fast, trained(model, args.rank, 1000), None, 1, args.new_tokens)  # an adapter is swapped
-    runs: dict[str, Callable[[], float]] = {
-        name: lambda row=row: row.seconds_of_a_token(args.turn) for name, row in contenders.items()
-    }
-    peer = None
-    if args.peer:
-        from benchmarks.peers import Bitsandbytes
-
-        peer = Bitsandbytes(args.peer, double=True)
-        for name in peer.prepare(op="generate", path=args.peer_model, tokens=args.turn):
-            peer.run(name)
-            runs[name] = lambda name=name: peer.run(name)
+    compiled = advance._cache_size() - compiled
     turns = -(-args.new_tokens * args.repetitions // args.turn)
-    seconds = {name: [] for name in runs}
-    for turn in range(turns):
-        for name, run in rotated(runs, turn):
-            seconds[name].append(run())
-    result = summary(seconds) | {
-        "compiled_by_a_swap": advance._cache_size() - compiled,
+    peer = Bitsandbytes(args.peer, double=True) if args.peer else None
+    peers = {rows: generates(peer, args, rows) for rows in (1, args.batch)}
+    seconds = rounds(runs | peers[1] | peers[args.batch], turns)
+    return summary(seconds) | {
+        "peer": peer and against(seconds, peers) | {"versions": peer.versions},
+        "compiled_by_a_swap": compiled,
         "decode_weights": fast.reason,
+        "model": Path(args.model).name,
         "new_tokens": args.new_tokens,
         "turns": turns,
         "dtype": args.dtype,
@@ -121,13 +138,26 @@ def main() -> None:
         "loaded": args.loaded,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        **({} if peer is None else {"peer": peer.versions}),
     }
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:24} {value}")
+
+
+def generates(
+    peer: Bitsandbytes | None, args: argparse.Namespace, rows: int
+) -> dict[str, Callable[[], float]]:
+    """The peer's contenders for so many rows, warm."""
+    if peer is None:
+        return {}
+    names = peer.prepare(op="generate", path=args.peer_model, tokens=args.turn, rows=rows)
+    for name in names:
+        peer.run(name)
+    return {name: functools.partial(peer.run, name) for name in names}
+
+
+def against(seconds: dict[str, list[float]], peers: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast as the peer's fastest, without an adapter: medians."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    one, batch = (min(medians[name] for name in names) for names in peers.values())
+    return {"times_as_fast": one / medians["base"], "batch_times": batch / medians["batch base"]}
 
 
 def rows_of(model: Decoder, fast: ForDecoding, args: argparse.Namespace) -> dict[str, Run]:
@@ -154,13 +184,6 @@ def trained(model: Decoder, rank: int, seed: int) -> Adapter:
     return jax.tree.map(lambda leaf: 0.01 * jax.random.normal(key, leaf.shape), adapter)
 
 
-def rotated(runs: dict[str, Any], first: int) -> list[tuple[str, Any]]:
-    """The runs, another one first in each turn."""
-    items = list(runs.items())
-    first %= len(items)
-    return items[first:] + items[:first]
-
-
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, and how much longer one contender took than another in the same turn."""
 
@@ -183,15 +206,16 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder or a .gguf file")
     parser.add_argument("--new-tokens", type=int, default=128, help="of a text")
-    parser.add_argument("--repetitions", type=int, default=1, help="texts of each contender")
-    parser.add_argument("--turn", type=int, default=4, help="tokens of a contender at a time")
+    parser.add_argument("--repetitions", type=int, default=3, help="texts of each contender")
+    parser.add_argument("--turn", type=int, default=8, help="tokens of a contender at a time")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--decode-weights", default="auto", choices=("auto", "packed", "dense"))
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, on all linears")
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch")
     parser.add_argument("--loaded", type=int, default=32, help="adapters in memory")
-    parser.add_argument("--peer", metavar="COMMAND", help="transformers' generate, see above")
+    parser.add_argument("--peer", metavar="COMMAND", help="see peers.py")
     parser.add_argument("--peer-model", metavar="PATH", help="the model as the peer reads it")
+    parser.add_argument("--record", action="store_true", help="write results/decode.json")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, the last")
     return parser.parse_args()
 

@@ -34,13 +34,13 @@ class Prepared:
         y = W x + B^T' (A x)         scale within B^T; DoRA: the sum times `ratio`
 
     Attributes:
-      linears: by name: A (L, *B, n r, in) and Bt (L, *B, r, out), where n of the matrices that the
-        linear was joined from are adapted; DoRA has ratio (L, out) too.
+      linears: by name: A (L, *B, n r, in), where n of the matrices that the linear was joined from
+        are adapted, and Bt, of each of the n (L, *B, r, out); DoRA has ratio (L, out) too.
       whole: lm_head and embed_tokens that were trained in full, (V, D).
       segments: by name, what the linear was joined from; static.
     """
 
-    linears: dict[str, dict[str, Float[Array, "..."]]]
+    linears: dict[str, dict[str, Array | tuple[Array, ...]]]
     whole: dict[str, Float[Array, "V D"]]
     segments: tuple[tuple[str, Segments], ...] = dataclasses.field(metadata={"static": True})
 
@@ -92,7 +92,7 @@ def join(
         A, Bt = ([padded(pairs[part][i], rank) for part in adapted] for i in (0, 1))
         linears[name] = {
             "A": jnp.concatenate(A, axis=-2).astype(dtype),
-            "Bt": jnp.concatenate(Bt, axis=-1).astype(dtype),
+            "Bt": tuple(matrix.astype(dtype) for matrix in Bt),
         }
         if ratios:
             ones = {part: jnp.ones((len(A[0]), out)) for part, out in own}

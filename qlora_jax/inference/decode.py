@@ -33,6 +33,9 @@ from qlora_jax.models.decoder import Decoder
 
 SHORTEST_PIECE, LONGEST_PIECE = 16, 256  # tokens, powers of two
 ROOM = 256  # the cache's length is a multiple of it, so that few lengths are compiled
+# On a CPU: each weight is made float32 right before its product. By default XLA begins a layer with
+# all of them, and the caches no longer hold the first when its product comes (docs/log.md).
+IN_TURN = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 NOT_FINITE = -1  # stands for a token where the logits are NaN or infinite
 
 Prompt = Sequence[int]
@@ -226,7 +229,9 @@ def chosen(
     return state._replace(number=state.number + 1), token
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames="sampling", donate_argnames="state", compiler_options=IN_TURN
+)
 def advance(
     model: Decoder,
     adapter: Prepared | None,

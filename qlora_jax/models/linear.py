@@ -32,7 +32,7 @@ class PreparedBranch(NamedTuple):
     """One layer's part of a `Prepared` adapter: y + B^T' (A x), times DoRA's `ratio`."""
 
     A: Float[Array, "*B nr in"]
-    Bt: Float[Array, "*B r out"]  # scaled
+    Bt: tuple[Float[Array, "*B r out"], ...]  # scaled; of each adapted segment
     segments: Segments  # what the linear was joined from
     ratio: Float[Array, " out"] | None = None
 
@@ -151,18 +151,18 @@ def with_prepared(
     slower there (docs/log.md).
     """
     dtype = jnp.float32 if on_cpu_few(x) else x.dtype
-    A, Bt = branch.A.astype(dtype), branch.Bt.astype(dtype)
-    rank, each = Bt.shape[-2], A.ndim == 3
+    A, Bt = branch.A.astype(dtype), iter(branch.Bt)
+    rank, each = branch.Bt[0].shape[-2], A.ndim == 3
     h = jnp.einsum("bsi,bri->bsr" if each else "bsi,ri->bsr", x.astype(dtype), A)
     form = "bsr,bro->bso" if each else "bsr,ro->bso"
-    pieces, at, column, start = [], 0, 0, 0
+    pieces, at, start = [], 0, 0
     for out, adapted in branch.segments:
         stop = start + out
         piece = y[..., start:stop]
         if adapted:
-            own, B = h[..., at : at + rank], Bt[..., column : column + out]
-            piece = piece.astype(jnp.float32) + jnp.einsum(form, own, B)
-            at, column = at + rank, column + out
+            own = h[..., at : at + rank]
+            piece = piece.astype(jnp.float32) + jnp.einsum(form, own, next(Bt).astype(dtype))
+            at += rank
         if branch.ratio is not None:
             piece = piece * branch.ratio[start:stop]
         pieces.append(piece.astype(y.dtype))
