@@ -167,7 +167,7 @@ def whole(found: Plan) -> int:
 def xla_temporaries(found: Plan) -> int:
     """Of the gradients, compiled for this machine."""
     micro, choices = found.micro, found.choices
-    params, model, batch, _ = arguments(micro, "off")
+    params, model, batch, *_ = arguments(micro, "off")
     step = gradients.lower(
         params, model, batch, spec=micro.spec, remat=choices.gradient_checkpointing
     )

@@ -14,7 +14,10 @@ the same bits come out every time. No block adds to another's memory.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -97,6 +100,15 @@ class Kernel:
     rank: int
     transposed: bool
     interpret: bool
+
+
+@functools.cache
+def launched(launch: Callable[[Kernel], Callable[..., Array]], k: Kernel) -> Callable[..., Array]:
+    """`launch(k)`, traced and lowered once for all linears of one shape.
+
+    Tracing a kernel takes ten times as long as tracing the layer around it.
+    """
+    return jax.jit(launch(k))
 
 
 def share(rows: int, columns: int, steps: int, slots: int) -> Work:

@@ -4,7 +4,7 @@ PEFT's config says that with one r, and a pattern for every matrix that has anot
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from qlora_jax.adapters.spec import LoraSpec, module_path, saved_names
 from qlora_jax.weight_names import LINEARS
@@ -15,6 +15,15 @@ def union_of_targets(specs: Iterable[LoraSpec]) -> tuple[str, ...]:
     names = dict.fromkeys(name for spec in specs for name in spec.targets)
     order = {name: place for place, name in enumerate(LINEARS)}
     return tuple(sorted(names, key=lambda name: order.get(name, len(order))))
+
+
+def spec_of_sum(specs: Sequence[LoraSpec]) -> LoraSpec:
+    """Of the exact sum of adapters, in which ranks add up."""
+    ranks = {}
+    for name in union_of_targets(specs):
+        own = [spec.ranks(name) for spec in specs if name in spec.targets]
+        ranks[name] = tuple(map(sum, zip(*own, strict=True)))
+    return composed_spec(ranks)
 
 
 def composed_spec(ranks: Mapping[str, tuple[int, ...]], dropout: float = 0.0) -> LoraSpec:

@@ -8,16 +8,14 @@ gpus.py takes off a GPU's size, and evaluation, which keeps no gradients.
 """
 
 import dataclasses
-import functools
 
 import jax
 
 from qlora_jax.memory import aot
 from qlora_jax.memory.estimate import Estimate, memory_of
-from qlora_jax.memory.program import Micro, arguments, built_for
+from qlora_jax.memory.program import Micro, arguments, built_for, gradients
 from qlora_jax.memory.shapes import batch_shapes, nbytes
 from qlora_jax.placement import OVERLAP
-from qlora_jax.train.step import micro_gradients
 
 
 def compiled_gradients(micro: Micro, stream_weights: str, remat: str) -> jax.stages.Compiled:
@@ -31,16 +29,11 @@ def compiled_gradients(micro: Micro, stream_weights: str, remat: str) -> jax.sta
     Raises:
       InputError: AOT-PLUGIN.
     """
-
-    def program(params, model, batch, key):
-        whole = functools.partial(micro_gradients, spec=micro.spec, remat=remat)
-        return whole(params, model, batch, dropout_key=key)
-
     aot.load_plugin()  # before anything asks jax for its devices
     with built_for(micro.target):
         shapes = arguments(micro, stream_weights)
     copies = stream_weights != "off" or remat == "offload"
-    lowered = aot.lower(micro.target, program, *shapes)
+    lowered = aot.lower(micro.target, gradients(micro, remat), *shapes)
     return lowered.compile(OVERLAP if copies else None)
 
 

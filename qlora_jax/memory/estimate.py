@@ -102,6 +102,7 @@ class Estimator:
         self.on_gpu = micro.target is not None
         self.model = weights_of(shape, micro.quantization, micro.dtype)
         self.params = nbytes(adapter_shapes(spec, shape))
+        self.frozen = nbytes(adapter_shapes(micro.frozen, shape)) if micro.frozen else 0
         self.pages, self.state = optimizer(spec, shape, config)
         self.kept_bytes = functools.cache(lambda: kept_bytes(micro))
         self.program = functools.cache(lambda stream, policy: traced(micro, stream, policy))
@@ -127,7 +128,7 @@ class Estimator:
         policy, layers = choices.gradient_checkpointing, self.micro.shape.num_hidden_layers
         here, there = self.split(choices)
         known = sum(self.weights(here)) + IN_FLIGHT * sum(self.weights(there)) // layers
-        known += self.params + self.gradients
+        known += self.params + self.frozen + self.gradients
         known += 0 if choices.optim_memory == "host" else self.state
         if policy == "offload":
             return known > limit
@@ -164,7 +165,7 @@ class Estimator:
         device = {
             "base": base,
             "scales": scales,
-            "adapter": self.params,
+            "adapter": self.params + self.frozen,
             "gradients": self.gradients,
             "optimizer": resident + max(0, passing - peak.nbytes),
             "activations": activations,

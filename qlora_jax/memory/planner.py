@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from qlora_jax.adapters.composed_spec import spec_of_sum
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.checkpoints.peft import read_adapter
 from qlora_jax.errors import InputError
@@ -164,14 +165,24 @@ def micro_of(shape: ModelConfig, config: TrainConfig, budget: Budget) -> Micro:
         config.batch_size,
         config.max_seq_length,
         budget.card and budget.card.gpu,
+        frozen_spec(shape, config),
     )
 
 
 def adapter_spec(shape: ModelConfig, config: TrainConfig) -> LoraSpec:
     """Of the new adapter, or of the one that the run goes on from."""
-    if config.adapter is None:
-        return spec_of(config, shape)
-    return read_adapter(config.adapter, module_shapes(shape), shape.num_hidden_layers).spec
+    return spec_of(config, shape) if config.adapter is None else saved_spec(config.adapter, shape)
+
+
+def frozen_spec(shape: ModelConfig, config: TrainConfig) -> LoraSpec | None:
+    """Of the sum of the adapters that the run trains on top of."""
+    specs = [saved_spec(path, shape) for path in config.frozen_adapters]
+    return spec_of_sum(specs) if specs else None
+
+
+def saved_spec(path: str, shape: ModelConfig) -> LoraSpec:
+    """Of an adapter's folder."""
+    return read_adapter(path, module_shapes(shape), shape.num_hidden_layers).spec
 
 
 def chosen(

@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from pallas_kernels import gpu
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.nf4_matmul import preferred_layout
 from qlora_jax.adapters.adapter import Adapter
+from qlora_jax.adapters.on_top import on_top
 from qlora_jax.adapters.spec import LoraSpec
 from qlora_jax.memory.shapes import adapter_shapes, batch_shapes, decoder, nbytes, weights_of
 from qlora_jax.models.config import ModelConfig
@@ -39,6 +39,7 @@ class Micro:
       dtype: of activations and of dense weights.
       rows, length: of the batch.
       target: the GPU that it is for; None for this machine's device.
+      frozen: of the sum of the adapters that this one is trained on top of, if any.
     """
 
     shape: ModelConfig
@@ -48,6 +49,7 @@ class Micro:
     rows: int
     length: int
     target: Gpu | None
+    frozen: LoraSpec | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,8 +72,11 @@ def built_for(target: Gpu | None) -> Iterator[None]:
         yield
 
 
-def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any]:
-    """(adapter, model, batch, dropout's key or None) as shapes, streamed weights in host memory."""
+def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any, Any]:
+    """(adapter, model, batch, dropout's key or None, frozen adapter or None), as shapes.
+
+    Streamed weights are in host memory.
+    """
     layout = preferred_layout()
     all_weights = weights_of(micro.shape, micro.quantization, micro.dtype, layout)
     # Not of a single device: a traced type would forget the memory.
@@ -91,7 +96,22 @@ def arguments(micro: Micro, stream_weights: str) -> tuple[Any, Decoder, Any, Any
         decoder(micro.shape, weights, micro.dtype),
         batch_shapes(micro.rows, micro.length),
         key,
+        micro.frozen and adapter_shapes(micro.frozen, micro.shape),
     )
+
+
+def gradients(micro: Micro, remat: str) -> Callable[..., Any]:
+    """Those of train/step.py as a function of `arguments`; not compiled.
+
+    Not the jitted function itself, whose cache does not know for which GPU it was traced.
+    """
+
+    def program(params, model, batch, key, frozen):
+        below = frozen and Adapter(frozen, micro.frozen)
+        more = {"frozen": below, "dropout_key": key, "remat": remat}
+        return micro_gradients(params, model, batch, spec=micro.spec, **more)
+
+    return program
 
 
 def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
@@ -101,14 +121,8 @@ def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
       stream_weights: off, on or all.
       remat: one of models.remat.POLICIES.
     """
-
-    # Not the jitted function itself, whose cache does not know for which GPU it was traced.
-    def program(params, model, batch, key):
-        whole = functools.partial(micro_gradients, spec=micro.spec, remat=remat)
-        return whole(params, model, batch, dropout_key=key)
-
     with built_for(micro.target):
-        return jax.make_jaxpr(program)(*arguments(micro, stream_weights))
+        return jax.make_jaxpr(gradients(micro, remat))(*arguments(micro, stream_weights))
 
 
 def kept_bytes(micro: Micro) -> dict[str, int]:
@@ -118,8 +132,10 @@ def kept_bytes(micro: Micro) -> dict[str, int]:
     input and what `is_attention` says of the forward pass.
     """
 
-    def layer_vjp(params, model, batch, key):
+    def layer_vjp(params, model, batch, key, frozen):
         adapter = Adapter(params, micro.spec)
+        if frozen:
+            adapter = on_top(Adapter(frozen, micro.frozen), adapter)
         places = batch["positions"], batch["segment_ids"]
         layer, stack = model.stacked(*places, adapter, None, key)
         x = jnp.zeros((micro.rows, micro.length, micro.shape.hidden_size), micro.dtype)

@@ -37,12 +37,17 @@ def laid_out(shape: ModelConfig, config: TrainConfig, row_length: int) -> Plan:
 
 
 def laid_out_for(
-    model: Decoder | LayerwiseDecoder, lora: Adapter, config: TrainConfig, row_length: int
+    model: Decoder | LayerwiseDecoder,
+    lora: Adapter,
+    config: TrainConfig,
+    row_length: int,
+    frozen: Adapter | None = None,
 ) -> Plan:
     """The plan of a run on a model that is loaded, and lives where it does.
 
     Args:
       row_length: 0 where the longest row is not known: then it is max_seq_length.
+      frozen: what `lora` is trained on top of.
     """
     target = gpu.here()
     micro = Micro(
@@ -53,9 +58,10 @@ def laid_out_for(
         config.batch_size,
         row_length or config.max_seq_length,
         target and target.gpu,
+        frozen and frozen.spec,
     )
     config = config.replace(stream_weights=streaming_of(model))
-    return plan_of(micro, config, budget.of_here(held_bytes(model)))
+    return plan_of(micro, config, budget.of_here(held_bytes(model, frozen)))
 
 
 def refuse_too_large(found: Plan, say: Callable[[str], object]) -> None:
@@ -125,10 +131,10 @@ def quantization_of(model: Decoder | LayerwiseDecoder) -> QuantizationConfig | N
     return QuantizationConfig(one.kind, one.block_size, double, quantize_lm_head=HEAD in packed)
 
 
-def held_bytes(model: Decoder | LayerwiseDecoder) -> int:
-    """Bytes of a model on the device."""
+def held_bytes(model: Decoder | LayerwiseDecoder, frozen: Adapter | None) -> int:
+    """Bytes of a model, and of an adapter, on the device."""
     ends = model.ends if isinstance(model, LayerwiseDecoder) else model
-    leaves = jax.tree.leaves(ends.weights())
+    leaves = jax.tree.leaves((ends.weights(), frozen))
     return sum(leaf.nbytes for leaf in leaves if not in_host(leaf))
 
 

@@ -136,7 +136,7 @@ class Trainer:
         self.learning_rate = schedule(
             config.lr_scheduler, config.learning_rate, self.total_steps, config.warmup_ratio
         )
-        self.plan = plan or laid_out_for(model, lora, config, self.row_length)
+        self.plan = plan or laid_out_for(model, lora, config, self.row_length, below.adapter)
         self.remat = self.plan.choices.gradient_checkpointing
         self.model, fault = guarded(model, self.remat)
         self.notes = (*config.notes, *notes, *fault)

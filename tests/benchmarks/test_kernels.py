@@ -1,6 +1,7 @@
 """The kernel benchmark without a GPU: what it measures, refuses to time, judges and writes."""
 
 import functools
+import itertools
 import json
 import shlex
 import sys
@@ -191,6 +192,15 @@ def test_contenders_take_turns():
     assert order == list("abbaab")
     assert found["a"] == timing.Timing(median=2.0, low=1.5, high=3.5)
     assert timing.in_turn({}, 3) == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 10])
+def test_a_turn_favours_no_contender(count):
+    turns = [timing.order(count, turn) for turn in range(count)]
+    assert all(sorted(places) == list(range(count)) for places in zip(*turns, strict=True))
+    behind = [pair for turn in turns for pair in itertools.pairwise(turn)]
+    if count % 2 == 0:
+        assert sorted(behind) == list(itertools.permutations(range(count), 2))
 
 
 def test_every_call_of_a_program_has_its_own_weight():

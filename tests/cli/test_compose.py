@@ -13,24 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.compose import compose
-from qlora_jax.adapters.init import init_lora
 from qlora_jax.cli.compose import weighted
 from qlora_jax.cli.main import main
 from qlora_jax.errors import InputError
 from qlora_jax.workflows.adapter_folder import load_adapter, save_adapter
 from qlora_jax.workflows.open import load
 from tests.tiny_model import write_tiny_model
+from tests.trained import trained
 
 TENSORS = "adapter_model.safetensors"
-
-
-def trained(model, seed: int, **settings) -> Adapter:
-    fresh = init_lora(model, key=jax.random.key(seed), alpha=8, **settings)
-    params = {
-        name: {**pair, "B": jax.random.normal(jax.random.key(seed), pair["B"].shape) / 30}
-        for name, pair in fresh.params.items()
-    }
-    return Adapter(params, fresh.spec)
 
 
 @pytest.fixture(scope="module")

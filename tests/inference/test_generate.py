@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.adapters import init_lora
 from qlora_jax.checkpoints.load import load_weights
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError, NonFinite
@@ -22,6 +21,7 @@ from qlora_jax.models import Decoder, ModelConfig
 from tests.data.small_tokenizer import byte_level
 from tests.golden_data import GoldenFile, golden_folder
 from tests.inference.tiny_model import tiny_model
+from tests.trained import trained
 
 MODEL, TOKENIZER = tiny_model(), byte_level()
 PROMPT = [7, 100, 42, 9, 201]
@@ -44,12 +44,6 @@ def tokens(model=MODEL, prompt=PROMPT, count=12, **options) -> list[int]:
     return list(generate_tokens(model, prompt, max_new_tokens=count, **options))
 
 
-def trained_adapter(model):
-    adapter = init_lora(model, r=4, alpha=64.0, targets="all-linear", key=jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(lambda leaf: 0.3 * jax.random.normal(next(keys), leaf.shape), adapter)
-
-
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama3_rope"])
 def test_greedy_tokens_are_the_golden_ones(name):
     with Shards(golden_folder("models") / name) as source:
@@ -66,13 +60,13 @@ def test_greedy_tokens_are_the_golden_ones(name):
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_greedy_tokens_are_those_of_the_model_without_a_cache(with_adapter):
-    adapter = trained_adapter(MODEL) if with_adapter else None
+    adapter = trained(MODEL, 3, alpha=64) if with_adapter else None
     assert tokens(adapter=adapter) == plain_greedy(MODEL, PROMPT, 12, adapter)
     assert len(set(tokens(adapter=adapter))) > 3  # a model that repeats itself shows little
 
 
 def test_an_adapter_changes_the_tokens():
-    assert tokens(adapter=trained_adapter(MODEL)) != tokens()
+    assert tokens(adapter=trained(MODEL, 3, alpha=64)) != tokens()
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, 64, 70])

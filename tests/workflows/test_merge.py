@@ -7,33 +7,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.init import init_lora
 from qlora_jax.errors import InputError
-from qlora_jax.models import Decoder
-from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor
 from qlora_jax.workflows.checked_merge import checked_merge
 from qlora_jax.workflows.merge import merge
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
 from tests.tolerances import LOGITS_ATOL
+from tests.trained import opened, trained
 
 ALL = {"use_dora": True, "modules_to_save": ["lm_head", "embed_tokens"]}
 TIED = {"lm_head": {"modules_to_save": ["lm_head"]}, "embed": {"modules_to_save": ["embed_tokens"]}}
 IDS = np.arange(48, dtype=np.int32).reshape(2, 24)
-
-
-def opened(name: str) -> Decoder:
-    with open_source(golden_folder(f"models/{name}")) as source:
-        return load_model(source, quantization=QuantizationConfig(), dtype="float32")
-
-
-def trained(base: Decoder, **settings) -> Adapter:
-    """An adapter with B not zero, and the rest moved away from the base's."""
-    fresh = init_lora(base, r=4, alpha=8, key=jax.random.key(0), **settings)
-    moved = lambda a: a + jax.random.normal(jax.random.key(1), a.shape) / 20  # noqa: E731
-    return Adapter(jax.tree.map(moved, fresh.params), fresh.spec)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.adapters.init import init_lora
 from qlora_jax.adapters.merge import merged_weights
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.errors import InputError, StorageError
-from qlora_jax.models import Decoder
 from qlora_jax.models.moments import TextInLayers
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
@@ -26,6 +24,7 @@ from qlora_jax.workflows.open import load_model, open_source
 from qlora_jax.workflows.texts import Text
 from tests.golden_data import golden_folder, read_arrays
 from tests.tolerances import LOGITS_ATOL, MOMENTS_RTOL
+from tests.trained import opened, trained
 
 RANDOM = np.random.default_rng(0)
 TEXT = Text("random", RANDOM.integers(0, 256, (64, 32)).astype(np.int32))
@@ -33,19 +32,6 @@ ASKED = Text("asked", TEXT.ids[:4])
 COMPENSATED = Into4Bits("compensated", TEXT)
 WAYS = {"requantize": Into4Bits(), "compensated": COMPENSATED}
 ALLOWED = {"tolerance": 1e3, "growth": 1e3, "dtype": "float32"}
-
-
-def opened(name: str, kind: str = "nf4", double_quant: bool = True, head=False) -> Decoder:
-    how = QuantizationConfig(kind, 64, double_quant, quantize_lm_head=head)
-    with open_source(golden_folder(f"models/{name}")) as source:
-        return load_model(source, quantization=how, dtype="float32")
-
-
-def trained(base: Decoder, **settings) -> Adapter:
-    """An adapter that does something."""
-    fresh = init_lora(base, r=4, alpha=8, key=jax.random.key(0), **settings)
-    moved = lambda a: a + jax.random.normal(jax.random.key(1), a.shape) / 20  # noqa: E731
-    return Adapter(jax.tree.map(moved, fresh.params), fresh.spec)
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,14 @@ from qlora_jax.train.loss import loss_fn
 from qlora_jax.train.step import gradients
 from qlora_jax.workflows.adapter_folder import load_adapter, save_adapter
 from qlora_jax.workflows.below import Below
+from qlora_jax.workflows.planning import planned
 from qlora_jax.workflows.trainer import Trainer
 from tests.tolerances import LOGITS_ATOL
+from tests.trained import trained
 from tests.workflows import runs
 
 IDS = np.arange(3, 51, dtype=np.int32).reshape(2, 24)
 BATCH = {"input_ids": IDS, "labels": IDS}
-
-
-def trained(base, seed: int, **settings) -> Adapter:
-    fresh = init_lora(base, alpha=8, key=jax.random.key(seed), **settings)
-    params = {
-        name: {**pair, "B": jax.random.normal(jax.random.key(seed), pair["B"].shape) / 20}
-        for name, pair in fresh.params.items()
-    }
-    return Adapter(params, fresh.spec)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +91,20 @@ def test_the_lower_adapter_stays_and_the_upper_learns(sequence, home, base, belo
     assert losses[-1] < losses[0]
     first = runs.trainer(home, folder / "other", max_steps=1).fit().metrics[0]["loss"]
     assert abs(first - losses[0]) > 1e-4, "the first loss is that of base + a"
+
+
+def test_the_plan_counts_what_lies_below(sequence, home, below):
+    """Before the model is loaded, from the folder; and of a model that is there."""
+    folder, run, _ = sequence
+    alone = runs.trainer(home, folder / "alone", max_steps=1)
+    early = planned(run.config)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(one_scale(below)))
+    for plan in (run.plan, early):
+        assert plan.estimate.device["adapter"] == alone.plan.estimate.device["adapter"] + size
+    assert early.micro.frozen == run.below.adapter.spec
+    more = early.estimate.device["workspace"] + early.estimate.device["activations"]
+    one = planned(alone.config).estimate.device
+    assert more > one["workspace"] + one["activations"], "both are joined in the step"
 
 
 def one_scale(adapter: Adapter) -> Adapter:
