@@ -23,7 +23,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,19 @@ def generates(
 
 
 def against(seconds: dict[str, list[float]], peers: dict[int, dict[str, Any]]) -> dict[str, float]:
-    """How many times as fast as the peer's fastest, without an adapter: medians."""
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    one, batch = (min(medians[name] for name in names) for names in peers.values())
-    return {"times_as_fast": one / medians["base"], "batch_times": batch / medians["batch base"]}
+    """How many times as fast as the peer's faster dtype in the same turn, without an adapter."""
+
+    def times(own: str, names: Iterable[str]) -> float:
+        return min(1 + overhead(seconds, name, own) for name in names)
+
+    one, batch = peers.values()
+    return {"times_as_fast": times("base", one), "batch_times": times("batch base", batch)}
+
+
+def overhead(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    """The median of how much longer one took than the other in the same turn, a fraction."""
+    pairs = zip(seconds[one], seconds[other], strict=True)
+    return statistics.median(a / b for a, b in pairs) - 1
 
 
 def rows_of(model: Decoder, fast: ForDecoding, args: argparse.Namespace) -> dict[str, Run]:
@@ -186,17 +195,12 @@ def trained(model: Decoder, rank: int, seed: int) -> Adapter:
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, and how much longer one contender took than another in the same turn."""
-
-    def overhead(one: str, other: str) -> float:
-        pairs = zip(seconds[one], seconds[other], strict=True)
-        return statistics.median(a / b for a, b in pairs) - 1
-
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "tokens_per_second": 1 / medians["base"],
-        "adapter_overhead": overhead("adapter", "base"),
-        "batch8_overhead": overhead("batch different", "batch shared"),
-        "unused_overhead": overhead("batch of loaded", "batch different"),
+        "adapter_overhead": overhead(seconds, "adapter", "base"),
+        "batch8_overhead": overhead(seconds, "batch different", "batch shared"),
+        "unused_overhead": overhead(seconds, "batch of loaded", "batch different"),
         "milliseconds_a_token": {name: 1e3 * median for name, median in medians.items()},
         "fastest_milliseconds": {name: 1e3 * min(values) for name, values in seconds.items()},
     }
