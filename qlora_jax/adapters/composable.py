@@ -1,7 +1,6 @@
 """What can be combined: finite adapters of one model, of kinds that have a sum, and weights."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +80,7 @@ def one_weight(weight: Any, adapter: Adapter, name: str) -> np.ndarray:
     given = [weight] if np.ndim(weight) == 0 else list(weight)
     for value in given:
         known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not known or not math.isfinite(value):
+        if not known or not abs(value) <= np.finfo(np.float32).max:
             found = f"the weight is {value!r}" if not known else f"the weight is {value}"
             raise InputError("COMPOSE-WEIGHT", name, found, "a finite number")
     if len(given) not in (1, layers):

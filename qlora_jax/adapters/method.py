@@ -39,9 +39,11 @@ class Method:
             near = nearest(str(self.name), METHODS)
             found, expected = f"unknown {self.name!r}", f"one of {listed(METHODS)}"
             raise InputError("COMPOSE-METHOD", "method", found, expected, " or ".join(near))
-        self.check_used("svd_rank", self.name == "svd", ["svd"])
-        self.check_used("energy", self.name == "svd", ["svd"])
-        self.check_used("density", self.prunes, [m for m, how in MIXTURES.items() if how.prune])
+        self.check_used("svd_rank", None, ["svd"])
+        self.check_used("energy", None, ["svd"])
+        self.check_used("density", None, [m for m, how in MIXTURES.items() if how.prune])
+        self.check_used("sign", "total", [m for m, how in MIXTURES.items() if how.elect])
+        self.check_used("seed", 0, [m for m in MIXTURES if m.startswith("dare")])
         if self.svd_rank is not None:
             check_rank(self.svd_rank, "svd_rank")
             if self.energy is not None:
@@ -56,9 +58,9 @@ class Method:
             found, expected = f"{self.seed!r}", "a whole number, 0 or more"
             raise InputError("COMPOSE-OPTION", "seed", found, expected)
 
-    def check_used(self, option: str, used: bool, methods: list[str]) -> None:
+    def check_used(self, option: str, default: object, methods: list[str]) -> None:
         """Refuses an option that was given and has no effect."""
-        if getattr(self, option) is not None and not used:
+        if getattr(self, option) != default and self.name not in methods:
             found = f"has no effect with method {self.name}"
             expected = f"method {' or '.join(methods)}"
             raise InputError("COMPOSE-OPTION", option, found, expected)

@@ -2,8 +2,8 @@
 
     y = W x + F x + s B A x        F is the frozen adapter's delta; the gradient is that of A and B
 
-The two are one adapter of the sum of their ranks, so neither the base nor the frozen adapter is
-copied, and `compose` with cat writes what was computed here.
+The two are one adapter of the sum of their ranks, joined anew in each step: the base is not copied,
+and `compose` with cat writes what was computed here.
 """
 
 import jax

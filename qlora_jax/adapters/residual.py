@@ -4,7 +4,7 @@
     U (out, r)                   the first eigenvectors of E H E^T
 
 H are the second moments of the linear's inputs, so that "nearest" is by its outputs; without them
-it is by its weights, and U U^T E is E's truncated singular value decomposition.
+it is by its weights: E's truncated singular value decomposition, low_rank.py.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from scipy.linalg import eigh
 
 from qlora_jax.adapters.adapter import Adapter, Shapes, param_shapes
+from qlora_jax.adapters.low_rank import low_rank
 from qlora_jax.adapters.spec import make_spec
 
 
@@ -23,19 +24,22 @@ def residual_pair(
     rank: int,
     moments: Float[np.ndarray, "in in"] | None = None,
 ) -> tuple[Float[np.ndarray, "rank in"], Float[np.ndarray, "out rank"]]:
-    """(A, B), float32, with B A the nearest matrix of `rank` to `error`; B's columns are units.
+    """(A, B), float32, with B A the nearest matrix of `rank` to `error`.
 
     Args:
       error: what is made up for.
       rank: where it is more than `error` has, the rest is zeros.
       moments: of the inputs; None takes all inputs alike.
     """
-    wide = error.astype(np.float64)
     out, width = error.shape
-    costs = wide @ (wide if moments is None else wide @ moments.astype(np.float64)).T
     found = min(rank, out, width)
-    _, vectors = eigh(costs, subset_by_index=(out - found, out - 1), overwrite_a=True)
     A, B = np.zeros((rank, width), np.float32), np.zeros((out, rank), np.float32)
+    if moments is None:
+        A[:found], B[:, :found] = low_rank(error, found, 1.0)
+        return A, B
+    wide = error.astype(np.float64)
+    costs = wide @ (wide @ moments.astype(np.float64)).T
+    _, vectors = eigh(costs, subset_by_index=(out - found, out - 1), overwrite_a=True)
     B[:, :found] = vectors[:, ::-1]
     A[:found] = vectors[:, ::-1].T @ wide
     return A, B

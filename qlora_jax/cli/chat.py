@@ -5,6 +5,7 @@ conversation each time. Lines that begin with / are commands: /help lists them.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -190,7 +191,7 @@ def named_paths(given: list[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for one in given:
         name, equals, path = one.partition("=")
-        if not equals:
+        if not equals or os.path.isdir(one):  # a path may itself hold a `=`
             name, path = one.rstrip("/").rsplit("/", 1)[-1], one
         if not name or not path or name == NONE:
             raise InputError("CHAT-ADAPTER", f"--adapter {one}", "no name and path", "NAME=PATH")

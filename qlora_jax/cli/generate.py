@@ -35,17 +35,22 @@ def run(args: argparse.Namespace) -> None:
     """Streams the text to stdout, of several prompts each when all are done."""
     from qlora_jax.cli.progress import bar
     from qlora_jax.inference.generate import stream_batch
+    from qlora_jax.inference.weights import for_decoding
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.open_as_trained import open_as_trained
 
     prompts = given_prompts(args.prompt)
     with bar("loading the model") as progress:
-        model, tokenizer, _ = open_as_trained(
+        model, tokenizer, choice = open_as_trained(
             args.model, args.adapter, progress=progress, **how(args)
         )
     adapter = load_adapter(args.adapter, model, any_base=args.any_base) if args.adapter else None
+    fast = for_decoding(model, args.decode_weights, args.max_new_tokens)
+    chat = not args.raw and bool(tokenizer.chat_template)
+    told = "" if args.raw or chat else "; no chat template: the prompt is taken as it is"
+    print(f"base {choice.reason}; weights {fast.reason}{told}", file=sys.stderr)
     pieces = stream_batch(
-        model,
+        fast,
         tokenizer,
         prompts,
         adapter=adapter,
@@ -53,9 +58,8 @@ def run(args: argparse.Namespace) -> None:
         sampling=sampling_of(args),
         seed=args.seed,
         stop_tokens=args.stop,
-        chat=not args.raw and bool(tokenizer.chat_template),
+        chat=chat,
         cache_dtype=args.cache_dtype,
-        decode_weights=args.decode_weights,
     )
     if len(prompts) == 1:
         for _, piece in pieces:

@@ -142,10 +142,15 @@ def batch_losses(
     return lambda batch: stack_loss(adapter, next(parts), model, batch)
 
 
-def windows(ids: Sequence[int], length: int) -> np.ndarray:
+def windows(ids: Sequence[int], length: int, where: str = "text") -> np.ndarray:
     """Token ids cut into windows (N, length) int32, one after another; the rest is dropped.
 
     ids 1 2 3 4 5 6 7, length 3  ->  [[1 2 3] [4 5 6]]
+
+    Args:
+      ids: of one text.
+      length: tokens of a window.
+      where: what the text is called in an error.
 
     Raises:
       InputError: fewer ids than one window.
@@ -154,7 +159,7 @@ def windows(ids: Sequence[int], length: int) -> np.ndarray:
         raise InputError("EVAL-WINDOW", "length", f"{length}", "at least 2")
     if len(ids) < length:
         found = f"{len(ids)} tokens"
-        raise InputError("EVAL-WINDOW", "text", found, f"at least one window of {length}")
+        raise InputError("EVAL-WINDOW", where, found, f"at least one window of {length}")
     count = len(ids) // length
     return np.array(ids[: count * length], np.int32).reshape(count, length)
 

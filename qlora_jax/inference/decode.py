@@ -102,7 +102,8 @@ def generate_batch(
 ) -> Iterator[tuple[int, int]]:
     """(row, new token id) as they are computed; a row ends with a stop token, which is not given.
 
-    A row's tokens are those that it would have alone.
+    A row's tokens are those that it would have alone, but that in bfloat16 products of one row and
+    of many are rounded otherwise, and that two tokens may be as likely as each other.
 
     Args:
       model: the base, or what `for_decoding` made of it.

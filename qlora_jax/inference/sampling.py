@@ -79,7 +79,8 @@ def sample(
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The largest is 0 first: at a temperature near 0 all others become -inf, and never all of them.
+    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:

@@ -108,9 +108,10 @@ def chosen(model: Decoder, streamed: bool, tokens: int | None) -> tuple[str, str
         return "packed", f"fewer than {WORTH} tokens"
     size, (room, _) = dense_bytes(model), available()
     told = f"{size / 1e9:.2f} GB of {room / 1e9:.1f} GB that are left"
+    how = "dequantized" if is_packed(model) else "joined"
     if size * SHARE > room:
         return "packed", f"dense weights would take {told}"
-    return "dense", f"dequantized once, {told}"
+    return "dense", f"{how} once, {told}"
 
 
 def is_packed(model: Decoder) -> bool:
@@ -119,9 +120,15 @@ def is_packed(model: Decoder) -> bool:
 
 
 def dense_bytes(model: Decoder) -> int:
-    """Bytes of the layers' linears in the model's dtype."""
+    """Bytes of the layers' linears, and of all else that is in 4 bits, in the model's dtype."""
     each = sum(math.prod(shape) for shape in linear_shapes(model.config).values())
-    return each * model.config.num_hidden_layers * jnp.dtype(model.dtype).itemsize
+    others = sum(
+        math.prod(weight.shape)
+        for name, weight in model.weights().items()
+        if isinstance(weight, QuantizedTensor) and not name.startswith(LAYERS)
+    )
+    size = each * model.config.num_hidden_layers + others
+    return size * jnp.dtype(model.dtype).itemsize
 
 
 def dense_and_joined(model: Decoder) -> Decoder:

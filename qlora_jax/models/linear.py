@@ -145,10 +145,10 @@ def stretched(
 def with_prepared(
     x: Float[Array, "B S in"], y: Float[Array, "B S out"], branch: PreparedBranch
 ) -> Float[Array, "B S out"]:
-    """y + B^T' (A x), with one A and B^T for all rows or one for each; rounded once.
+    """y + B^T' (A x), with one A and B^T for all rows or one for each.
 
-    Few rows on a CPU are multiplied in float32: a thin product of one row in bfloat16 is many times
-    slower there (docs/log.md).
+    Few rows on a CPU are multiplied in float32 and rounded once: a thin product of one row in
+    bfloat16 is many times slower there (docs/log.md).
     """
     dtype = jnp.float32 if on_cpu_few(x) else x.dtype
     A, Bt = branch.A.astype(dtype), iter(branch.Bt)

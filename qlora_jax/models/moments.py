@@ -54,11 +54,14 @@ class TextInLayers:
         self.config, self.layer = model.config, 0
         self.one = OneLayer(model.config.scores(windows.shape[1]))
         rows = max(1, TOKENS // windows.shape[1])
-        batches = [windows[start : start + rows] for start in range(0, len(windows), rows)]
-        entered = [enter(model, jnp.asarray(batch), adapter) for batch in batches]
-        self.x = [np.asarray(x) for x, _ in entered]
-        self.shared = [stack.shared for _, stack in entered]
-        self.params, self.others = entered[0][1].params, entered[0][1].others
+        self.x, self.shared = [], []
+        for start in range(0, len(windows), rows):
+            x, stack = enter(model, jnp.asarray(windows[start : start + rows]), adapter)
+            if not start:
+                self.params, self.others = stack.params, stack.others
+            same = start and x.shape == self.x[0].shape  # all windows begin at position 0
+            self.x.append(np.asarray(x))
+            self.shared.append(self.shared[0] if same else stack.shared)
 
     def moments(self, weights: Weights) -> Moments:
         """Of the present layer's linears, by name; the layer computes with its adapter."""

@@ -5,11 +5,12 @@ on in 4 bits changes answers however well it is done: by how much is measured ap
 does merging back into 4 bits, which is why perplexity is measured too.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from qlora_jax.adapters.adapter import Adapter
 from qlora_jax.adapters.merge import merged_config, merged_weights
 from qlora_jax.adapters.residual import residual_adapter, residual_pair
+from qlora_jax.adapters.spec import check_rank
 from qlora_jax.checkpoints.atomic import refuse_existing, write_file
 from qlora_jax.checkpoints.load import Source, source_dtype
 from qlora_jax.checkpoints.merged import save_merged
@@ -26,7 +28,7 @@ from qlora_jax.checkpoints.peft import EXTRA
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.checkpoints.write_shards import SHARD_BYTES
-from qlora_jax.errors import Note, StorageError
+from qlora_jax.errors import InputError, Note, StorageError
 from qlora_jax.models import Decoder
 from qlora_jax.quantization.report import Report, WeightError, measure
 from qlora_jax.quantization.tensor import QuantizedTensor
@@ -86,15 +88,17 @@ def checked_merge(
       shard_bytes: more than this is split into shards with an index.
 
     Raises:
-      InputError: `out` exists, the adapter is not finite, MERGE-ORIGINAL, or what `merged_4bit`
-        refuses.
+      InputError: `out` exists, the adapter is not finite, MERGE-ORIGINAL, a residual_rank of which
+        nothing can come, or what `merged_4bit` refuses.
       StorageError: MERGE-CHECK when a difference is above its tolerance; the folder is then kept
-        under its name with `.failed` behind it, so that nobody takes it for the result.
+        under its name with `.failed` behind it, so that nobody takes it for the result; so is what
+        could not be compared, whatever the reason.
     """
     beside = Path(f"{Path(out)}-residual")
     refuse_existing(out)
     if residual_rank is not None:
         refuse_existing(beside)
+        refuse_residual(model, adapter, into, residual_rank)
     refuse_packed(source)
     text = text or random_ids(model.config.vocab_size, TOKENS)
     errors: list[WeightError] = []
@@ -133,29 +137,62 @@ def checked_merge(
     else:
         plan = plan_4bit(model, adapter, dtype)
         save_quantized(plan, pairs, config_4bit(config, shape, plan), out, **kept)
-    merged = reopened(Path(out))
-    found = answers(merged, text.ids, None)
-    kind = "4bit" if into else dtype
-    check = compared(
-        found,
-        expected,
-        trained,
-        text,
-        tolerance=tolerance or TOLERANCES[kind],
-        growth_allowed=growth or GROWTH[kind],
-        weights=Report(tuple(errors)),
-    )
-    if check.passed and residual_rank is not None:
-        shapes, layers = merged.module_shapes(), merged.config.num_hidden_layers
-        residual = residual_adapter(pairs_left, shapes, layers)
-        save_adapter(beside, residual, merged, base_model_name=str(out))
-        helped = answers(merged, text.ids, residual)
-        check = dataclasses.replace(check, residual=Residual.of(beside, helped, expected, text))
-    write_file(Path(out) / REPORT, as_json(check.to_json()))
+    with set_aside_on_failure(Path(out), beside):
+        merged = reopened(Path(out))
+        found = answers(merged, text.ids, None)
+        kind = "4bit" if into else dtype
+        check = compared(
+            found,
+            expected,
+            trained,
+            text,
+            tolerance=TOLERANCES[kind] if tolerance is None else tolerance,
+            growth_allowed=GROWTH[kind] if growth is None else growth,
+            weights=Report(tuple(errors)),
+        )
+        if check.passed and residual_rank is not None:
+            shapes, layers = merged.module_shapes(), merged.config.num_hidden_layers
+            residual = residual_adapter(pairs_left, shapes, layers)
+            save_adapter(beside, residual, merged, base_model_name=str(out))
+            helped = answers(merged, text.ids, residual)
+            check = dataclasses.replace(check, residual=Residual.of(beside, helped, expected, text))
+        write_file(Path(out) / REPORT, as_json(check.to_json()))
     if not check.passed:
-        failed = Path(out).rename(free_name(f"{Path(out)}.failed"))
-        raise failure(check, out, failed, into is not None)
+        raise failure(check, out, set_aside(Path(out)), into is not None)
     return check
+
+
+def refuse_residual(model: Decoder, adapter: Adapter, into: Into4Bits | None, rank: int) -> None:
+    """Refuses a residual where there is nothing that 4 bits lose.
+
+    Raises:
+      InputError: LORA-RANK, MERGE-METHOD.
+    """
+    check_rank(rank, "residual_rank")
+    if into is None:
+        found = "given for a dense result"
+        raise InputError("MERGE-METHOD", "residual_rank", found, "into 4 bits beside it")
+    weights = (model.weights().get(f"{LAYERS}{name}.weight") for name in adapter.spec.targets)
+    if not any(isinstance(weight, QuantizedTensor) for weight in weights):
+        found = "no linear that the adapter has is in 4 bits"
+        raise InputError("MERGE-METHOD", "residual_rank", found, "one at least")
+
+
+@contextlib.contextmanager
+def set_aside_on_failure(*folders: Path) -> Iterator[None]:
+    """What was written and could not be checked does not stay under its name."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            if folder.exists():
+                set_aside(folder)
+        raise
+
+
+def set_aside(folder: Path) -> Path:
+    """The folder's new name, with `.failed` behind it."""
+    return folder.rename(free_name(f"{folder}.failed"))
 
 
 def failure(check: MergeCheck, out: str | Path, failed: Path, packed: bool) -> StorageError:

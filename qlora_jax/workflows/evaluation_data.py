@@ -46,7 +46,8 @@ def evaluation_data(
     if Path(path).suffix.lower() not in TEXT:
         return load_dataset(path, tokenizer, max_seq_length=short, train_on=train_on)
     ids = TextEncoder(tokenizer).plain(read_text(Path(path)))
-    return windows(ids, short if length is not None else min(short, max(len(ids), 2)))
+    short = short if length is not None else min(short, max(len(ids), 2))
+    return windows(ids, short, str(path))
 
 
 def read_text(path: Path) -> str:

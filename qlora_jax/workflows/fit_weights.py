@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.adapters.adapter import Adapter, Params
-from qlora_jax.adapters.composable import Weights, weights_by_layer
+from qlora_jax.adapters.composable import Weights, check_kinds, weights_by_layer
 from qlora_jax.adapters.compose import compose
 from qlora_jax.adapters.parts import row_owners
 from qlora_jax.adapters.spec import LoraSpec
@@ -125,6 +125,7 @@ def fit_weights(
         refuses.
       NonFinite: FIT-NAN, a loss is NaN or infinite.
     """
+    check_kinds(adapters)  # one alone, too: its A and B are not all that it is
     both = compose(adapters, dict.fromkeys(adapters, 1.0))
     uniform = dict.fromkeys(adapters, 1 / len(adapters))
     begin = weights_by_layer(adapters, uniform if start is None else start)

@@ -69,7 +69,7 @@ def text_windows(path: str | Path, tokenizer: "PreTrainedTokenizerBase", model: 
         how = {"max_seq_length": length, "train_on": "all", "overlong": "split"}
         rows = load_dataset(path, tokenizer, packing=False, **how)
         ids = np.concatenate([sequence.ids for sequence in rows.sequences])
-    return Text(Path(path).name, windows(ids, min(length, max(len(ids), 2))))
+    return Text(Path(path).name, windows(ids, min(length, max(len(ids), 2)), str(path)))
 
 
 def python_text(tokenizer: "PreTrainedTokenizerBase", model: Decoder) -> Text:

@@ -340,6 +340,8 @@ BAD = {
     "density 0": ({}, {"a": 1}, {"method": "ties", "density": 0}, r"density: 0 \(expected over"),
     "density NaN": ({}, {"a": 1}, {"method": "ties", "density": np.nan}, r"density: nan"),
     "density unused": ({}, {"a": 1}, {"density": 0.5}, r"density: has no effect with method cat"),
+    "sign unused": ({}, {"a": 1}, {"sign": "frequency"}, r"sign: has no effect with method cat"),
+    "seed unused": ({}, {"a": 1}, {"seed": 3}, r"seed: has no effect with method cat"),
     "rank unused": ({}, {"a": 1}, {"svd_rank": 4}, r"svd_rank: has no effect with method cat"),
     "sign": ({}, {"a": 1}, {"method": "ties", "sign": "both"}, r"sign: 'both' .*frequency"),
     "seed": ({}, {"a": 1}, {"method": "dare_ties", "seed": -1}, r"seed: -1"),

@@ -120,8 +120,10 @@ def test_what_cannot_be_opened_is_one_line(home, monkeypatch, capsys):
     assert "missing adapter" in error
 
 
-def test_names_of_adapters():
+def test_names_of_adapters(tmp_path):
     assert named_paths(["a=b/c", "d/e/"]) == {"a": "b/c", "e": "d/e/"}
+    (tmp_path / "a=1").mkdir()
+    assert named_paths([f"{tmp_path}/a=1"]) == {"a=1": f"{tmp_path}/a=1"}
     for given, match in ((["=x"], "no name and path"), (["a=x", "a=y"], "'a' comes twice")):
         with pytest.raises(InputError, match=match):
             named_paths(given)

@@ -97,6 +97,12 @@ def test_draws_follow_the_probabilities(sampling, expected):
     assert (share[np.array(expected) == 0] == 0).all()
 
 
+def test_a_temperature_near_0_takes_the_likeliest():
+    logits = jnp.array([[5.0, 80.0, 79.0, -3.0]])
+    for key in jax.random.split(jax.random.key(0), 20):
+        assert sample(logits, key, Sampling(temperature=1e-38)).tolist() == [1]
+
+
 def test_the_penalty_changes_the_greedy_choice():
     logits = jnp.array([[2.0, 1.5, 0.0]])
     seen = jnp.array([[True, False, False]])

@@ -13,6 +13,7 @@ from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.workflows import fit_weights as module
 from qlora_jax.workflows.fit_weights import Loss, fit_weights, halves
 from tests.tolerances import FITTED_LOSS_ATOL, FITTED_WEIGHT_ATOL, SLOPE_RTOL
+from tests.trained import trained
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +165,8 @@ def test_rows_of_a_file(home, opened, adapters):
     names = [{sequence.where for sequence in part.sequences} for part in (first, second)]
     assert all(names)
     assert not names[0] & names[1]
-    trained = [part.statistics.trained_tokens for part in (first, second)]
-    assert [found.fitted_on, found.targets] == trained
+    tokens = [part.statistics.trained_tokens for part in (first, second)]
+    assert [found.fitted_on, found.targets] == tokens
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,8 @@ def test_what_cannot_be_fitted_is_refused(base, adapters, text, changes, words):
     arguments = {"data": text} | changes
     with pytest.raises(InputError, match=words):
         fit_weights(base, adapters, **arguments)
+
+
+def test_a_dora_adapter_is_refused_alone_too(base, text):
+    with pytest.raises(InputError, match=r"COMPOSE-KIND\]: d: is a DoRA adapter"):
+        fit_weights(base, {"d": trained(base, use_dora=True)}, text)

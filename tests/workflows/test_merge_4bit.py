@@ -226,6 +226,41 @@ def test_a_perplexity_that_grows_too_much_is_an_error(base, lora, tmp_path):
     assert report["passed"] is False
 
 
+def test_what_could_not_be_compared_is_set_aside(base, lora, tmp_path, monkeypatch):
+    def full(_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("qlora_jax.workflows.checked_merge.reopened", full)
+    how = {"config": config_of("llama"), "into": Into4Bits(), "text": ASKED}
+    with pytest.raises(MemoryError):
+        checked_merge(base, lora, tmp_path / "out", **how)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+
+
+def test_a_tolerance_of_0_is_one(base, lora, tmp_path):
+    how = {"config": config_of("llama"), "into": Into4Bits(), "text": ASKED, "tolerance": 0.0}
+    with pytest.raises(StorageError, match=r"MERGE-CHECK.*at most 0"):
+        checked_merge(base, lora, tmp_path / "out", **how)
+
+
+@pytest.mark.parametrize(
+    ("rank", "into", "words"),
+    [
+        (0, Into4Bits(), r"LORA-RANK\]: residual_rank: 0"),
+        (5000, Into4Bits(), r"LORA-RANK\]: residual_rank: 5000"),
+        (4, None, r"MERGE-METHOD\]: residual_rank: given for a dense result"),
+    ],
+)
+def test_a_residual_that_cannot_be_is_refused_before_the_work(
+    rank, into, words, base, lora, tmp_path
+):
+    with pytest.raises(InputError, match=words):
+        checked_merge(
+            base, lora, tmp_path / "out", config=config_of("llama"), into=into, residual_rank=rank
+        )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["dora", "modules_to_save", "patterns", "rslora"])
 def test_every_kind_of_pefts_adapters(name):
     """The merged model is nearer to 4-bit base + adapter than the base alone is."""
