@@ -106,9 +106,11 @@ class Kernel:
 def launched(launch: Callable[[Kernel], Callable[..., Array]], k: Kernel) -> Callable[..., Array]:
     """`launch(k)`, traced and lowered once for all linears of one shape.
 
-    Tracing a kernel takes ten times as long as tracing the layer around it.
+    Tracing a kernel takes ten times as long as tracing the layer around it. Interpreted ones are
+    not jitted: called outside of a program they would run while later operations queue up behind
+    them, XLA on a CPU takes 32 at a time, and the interpreter's own would wait for those.
     """
-    return jax.jit(launch(k))
+    return launch(k) if k.interpret else jax.jit(launch(k))
 
 
 def share(rows: int, columns: int, steps: int, slots: int) -> Work:
