@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.open_as_trained import open_as_trained
 
-    paths = named_paths(args.adapter)
+    paths, sampling = named_paths(args.adapter), sampling_of(args)
     first = next(iter(paths.values()), None)
     with bar("loading the model") as progress:
         model, tokenizer, choice = open_as_trained(
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     adapters = {n: load_adapter(p, model, any_base=args.any_base) for n, p in paths.items()}
     fast = for_decoding(model, args.decode_weights)
     say(f"base {choice.reason}; weights {fast.reason}; /help lists the commands")
-    options = {"sampling": sampling_of(args), "max_new_tokens": args.max_new_tokens}
+    options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
     options |= {"cache_dtype": args.cache_dtype}
     chat = Chat(fast, tokenizer, adapters, options, args.seed, args.system)
     try:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.open_as_trained import open_as_trained
 
-    prompts = given_prompts(args.prompt)
+    prompts, sampling = given_prompts(args.prompt), sampling_of(args)
     with bar("loading the model") as progress:
         model, tokenizer, choice = open_as_trained(
             args.model, args.adapter, progress=progress, **how(args)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         prompts,
         adapter=adapter,
         max_new_tokens=args.max_new_tokens,
-        sampling=sampling_of(args),
+        sampling=sampling,
         seed=args.seed,
         stop_tokens=args.stop,
         chat=chat,
