@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     Run(fast, trained(model, args.rank, 1000), None, 1, args.new_tokens)  # an adapter is swapped
     compiled = advance._cache_size() - compiled
     turns = -(-args.new_tokens * args.repetitions // args.turn)
-    peer = Bitsandbytes(args.peer, double=True) if args.peer else None
-    peers = {rows: generates(peer, args, rows) for rows in (1, args.batch)}
-    seconds = rounds(runs | peers[1] | peers[args.batch], turns)
+    with Bitsandbytes(args.peer, double=True) if args.peer else nullcontext() as peer:
+        peers = {rows: generates(peer, args, rows) for rows in (1, args.batch)}
+        seconds = rounds(runs | peers[1] | peers[args.batch], turns)
     return summary(seconds) | {
         "peer": peer and against(seconds, peers) | {"versions": peer.versions},
         "compiled_by_a_swap": compiled,

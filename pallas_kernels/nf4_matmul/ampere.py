@@ -32,7 +32,7 @@ from pallas_kernels.nf4_matmul import decode, fragments
 from pallas_kernels.nf4_matmul.fragments import ACCUMULATOR, COLUMNS, tiled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands, pad
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
-from pallas_kernels.nf4_matmul.work import Kernel, assemble, launched, share
+from pallas_kernels.nf4_matmul.work import Kernel, assemble, share, traced_once
 
 ROWS = 128  # of a tile at most: 128 accumulators a thread, half of all registers
 CHUNK = 64  # rows of x in registers at a time, at most
@@ -62,7 +62,7 @@ def product(
     k = Kernel(work, rows, stages, shape, x.dtype, rank, transposed, target.interpret)
     x = at_least(x, shape[0], 0)
     extra = low_rank_operands(k, low) if rank else ()
-    y = launched(launch, k)(x, *w_operands(k, w), *extra)
+    y = launch(k)(x, *w_operands(k, w), *extra)
     if not work.whole:
         y = assemble(y, work, work.rows * rows, work.columns * COLUMNS, jnp.float32)
     y = once(once(y, 0, rows, shape[0]), 1, COLUMNS, shape[1])[:m, :n]
@@ -120,6 +120,7 @@ def once(y, axis: int, tile: int, size: int):
     return jnp.concatenate([lax.slice_in_dim(y, *part, axis=axis) for part in parts], axis)
 
 
+@traced_once
 def launch(k: Kernel):
     """The kernel as a function of (x, codes, scales, table), and (h, b) when it has a rank.
 

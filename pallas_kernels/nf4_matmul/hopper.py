@@ -29,7 +29,7 @@ from pallas_kernels.nf4_matmul import decode, mosaic
 from pallas_kernels.nf4_matmul.mosaic import COLUMNS, swizzled
 from pallas_kernels.nf4_matmul.operands import STEP, check, operands
 from pallas_kernels.nf4_matmul.weight import LowRank, Weight
-from pallas_kernels.nf4_matmul.work import Kernel, assemble, launched, share
+from pallas_kernels.nf4_matmul.work import Kernel, assemble, share, traced_once
 from pallas_kernels.registers import store
 
 W_SLOTS = 3
@@ -62,12 +62,13 @@ def product(
         transposed,
         target.interpret,
     )
-    y = launched(launch, kernel)(x, *operands(w, x.dtype, x.dtype), *h_b)
+    y = launch(kernel)(x, *operands(w, x.dtype, x.dtype), *h_b)
     if work.whole:
         return y[:m, :n]
     return assemble(y, work, m, n, x.dtype, low)
 
 
+@traced_once
 def launch(k: Kernel):
     """The kernel as a function of (x, codes, scales, table), and (h, b) when it has a rank.
 

@@ -25,6 +25,8 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.nf4_matmul.weight import LowRank
 
+Launch = Callable[..., Array]  # of a kernel's operands
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -102,15 +104,20 @@ class Kernel:
     interpret: bool
 
 
-@functools.cache
-def launched(launch: Callable[[Kernel], Callable[..., Array]], k: Kernel) -> Callable[..., Array]:
-    """`launch(k)`, traced and lowered once for all linears of one shape.
+def traced_once(launch: Callable[[Kernel], Launch]) -> Callable[[Kernel], Launch]:
+    """`launch`, whose kernels are traced and lowered once for all linears of one shape.
 
-    Tracing a kernel takes ten times as long as tracing the layer around it. Interpreted ones are
-    not jitted: called outside of a program they would run while later operations queue up behind
-    them, XLA on a CPU takes 32 at a time, and the interpreter's own would wait for those.
+    Tracing kernels is most of what tracing a training step takes. Interpreted ones are not jitted:
+    called outside of a program they would run while later operations queue up behind them, XLA on a
+    CPU takes 32 at a time, and the interpreter's own would wait for those.
     """
-    return launch(k) if k.interpret else jax.jit(launch(k))
+
+    @functools.cache
+    @functools.wraps(launch)
+    def kept(k: Kernel) -> Launch:
+        return launch(k) if k.interpret else jax.jit(launch(k))
+
+    return kept
 
 
 def share(rows: int, columns: int, steps: int, slots: int) -> Work:

@@ -9,6 +9,14 @@ from qlora_jax.errors import InputError, listed, nearest
 
 METHODS = ("cat", "svd", *MIXTURES)
 DENSITY = 0.5  # where nobody says
+# The methods in which an option has an effect.
+USED_BY = {
+    "svd_rank": ["svd"],
+    "energy": ["svd"],
+    "density": [name for name, how in MIXTURES.items() if how.prune],
+    "sign": [name for name, how in MIXTURES.items() if how.elect],
+    "seed": [name for name in MIXTURES if name.startswith("dare")],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +47,9 @@ class Method:
             near = nearest(str(self.name), METHODS)
             found, expected = f"unknown {self.name!r}", f"one of {listed(METHODS)}"
             raise InputError("COMPOSE-METHOD", "method", found, expected, " or ".join(near))
-        self.check_used("svd_rank", None, ["svd"])
-        self.check_used("energy", None, ["svd"])
-        self.check_used("density", None, [m for m, how in MIXTURES.items() if how.prune])
-        self.check_used("sign", "total", [m for m, how in MIXTURES.items() if how.elect])
-        self.check_used("seed", 0, [m for m in MIXTURES if m.startswith("dare")])
+        for field in dataclasses.fields(self):
+            if field.name in USED_BY and getattr(self, field.name) != field.default:
+                self.check_used(field.name)
         if self.svd_rank is not None:
             check_rank(self.svd_rank, "svd_rank")
             if self.energy is not None:
@@ -58,17 +64,12 @@ class Method:
             found, expected = f"{self.seed!r}", "a whole number, 0 or more"
             raise InputError("COMPOSE-OPTION", "seed", found, expected)
 
-    def check_used(self, option: str, default: object, methods: list[str]) -> None:
+    def check_used(self, option: str) -> None:
         """Refuses an option that was given and has no effect."""
-        if getattr(self, option) != default and self.name not in methods:
+        if self.name not in USED_BY[option]:
             found = f"has no effect with method {self.name}"
-            expected = f"method {' or '.join(methods)}"
+            expected = f"method {' or '.join(USED_BY[option])}"
             raise InputError("COMPOSE-OPTION", option, found, expected)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether entries of A and B are left out."""
-        return self.name in MIXTURES and MIXTURES[self.name].prune is not None
 
     @property
     def kept(self) -> float:
@@ -78,13 +79,10 @@ class Method:
     @property
     def options(self) -> dict[str, int | float | str]:
         """What has an effect, with the value that is used."""
-        found: dict[str, int | float | str | None] = {
-            "svd_rank": self.svd_rank,
-            "energy": self.energy,
-            "density": self.kept if self.prunes else None,
-            "sign": self.sign if self.name in MIXTURES and MIXTURES[self.name].elect else None,
-            "seed": self.seed if self.name.startswith("dare") else None,
-        }
+        used = (option for option, methods in USED_BY.items() if self.name in methods)
+        found = {option: getattr(self, option) for option in used}
+        if "density" in found:
+            found["density"] = self.kept
         return {option: value for option, value in found.items() if value is not None}
 
 

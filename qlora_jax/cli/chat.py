@@ -34,8 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         default=[],
-        metavar="NAME=PATH",
-        help="an adapter's folder; may come again, and the first one answers first",
+        metavar="[NAME=]PATH",
+        help="an adapter's folder, and how you call it; may come again, the first answers first",
     )
     parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
     parser.add_argument(
@@ -122,6 +122,8 @@ class Chat:
             act(text)
         except InputError as error:
             say(str(error))
+            if error.code == "GEN-LENGTH" and self.messages:
+                say("the conversation fills the model's positions; /reset begins another")
 
     def switch(self, name: str) -> None:
         """Answers with another adapter; the conversation stays."""

@@ -45,25 +45,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="cat",
         metavar="NAME",
-        help=f"{METHODS} (default cat, the exact sum, whose ranks add up)",
+        help=f"{METHODS} (default cat, the exact sum, whose ranks add up); all but cat and svd "
+        "take adapters of equal ranks",
     )
     parser.add_argument(
         "--svd-rank",
         type=int,
         metavar="R",
-        help="svd: the largest rank of a matrix (default: the largest that is put in)",
+        help="svd: the largest rank of a matrix (default: the largest that is put in); or --energy",
     )
     parser.add_argument(
         "--energy",
         type=float,
         metavar="X",
-        help="svd: the least rank that keeps this share of the squared singular values",
+        help="svd: the least rank that keeps this share of the squared singular values, at most 1",
     )
     parser.add_argument(
         "--density",
         type=float,
         metavar="X",
-        help="ties, magnitude_prune, dare_...: the share of entries that is kept (default 0.5)",
+        help="ties, magnitude_prune, dare_...: the share of entries that is kept, over 0 and "
+        "at most 1 (default 0.5)",
     )
     parser.add_argument(
         "--sign",
@@ -72,21 +74,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="ties, dare_ties: total or frequency, what elects an entry's sign (default total)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="dare_...: which entries are kept"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="dare_...: which entries are kept (default 0)",
     )
     group = parser.add_argument_group("weights that are fitted (method cat)")
     group.add_argument(
-        "--fit", metavar="DATA", help="held-out text or rows; the search begins at given weights"
+        "--fit",
+        metavar="DATA",
+        help="held-out text or rows; the search begins at the given weights, or at 1 / n each",
     )
     group.add_argument(
         "--fit-per-layer", action="store_true", help="a weight for each adapter and layer"
     )
-    group.add_argument("--free", action="store_true", help="weights may be negative")
+    group.add_argument(
+        "--free", action="store_true", help="weights may be negative, given ones too"
+    )
     group.add_argument(
         "--fit-tokens",
         type=positive,
         metavar="N",
-        help="of each half of DATA that are used at most (default 2048)",
+        help="at most so many tokens of each half of DATA (default 2048)",
     )
     group.add_argument(
         "--seq-len", type=positive, metavar="N", help="tokens a window or row (default 256)"
@@ -103,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     from qlora_jax.adapters.method import Method
     from qlora_jax.checkpoints.atomic import refuse_existing
     from qlora_jax.cli.progress import bar
+    from qlora_jax.data.rows import missing
     from qlora_jax.workflows.adapter_folder import save_adapter
     from qlora_jax.workflows.composition import (
         open_adapters,
@@ -115,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
     weights = {path: 1.0 if weight is None else weight for path, weight in given.items()}
     refuse_existing(args.out)
     refuse_other_bases(list(given), args.any_base)
+    if args.fit and not Path(args.fit).exists():
+        raise missing(args.fit, "held-out text or rows")
     with bar("loading the base") as progress:
         model, tokenizer, choice = open_base(
             args.model, list(given), tokenizer=bool(args.fit), progress=progress, **how(args)

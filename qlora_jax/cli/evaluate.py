@@ -54,11 +54,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints a row a model."""
     from qlora_jax.cli.progress import bar, counter
+    from qlora_jax.data.rows import missing
     from qlora_jax.evaluation.perplexity import perplexity
     from qlora_jax.workflows.adapter_folder import load_adapter
     from qlora_jax.workflows.evaluation_data import evaluation_data
     from qlora_jax.workflows.open_as_trained import open_as_trained
 
+    if not Path(args.data).exists():
+        raise missing(args.data, "a data file or a text")
     first = args.adapter[0] if args.adapter else None
     with bar("loading the model") as progress:
         model, tokenizer, choice = open_as_trained(

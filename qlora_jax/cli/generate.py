@@ -6,14 +6,23 @@ The prompt goes into the model's chat template, or that of the adapter; --raw ta
 import argparse
 import sys
 
-from qlora_jax.cli.options import base_arguments, how, positive, sampling_arguments, sampling_of
+from qlora_jax.cli.options import (
+    Once,
+    base_arguments,
+    how,
+    positive,
+    sampling_arguments,
+    sampling_of,
+)
 from qlora_jax.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares model, adapter, prompt and sampling."""
     parser.add_argument("model", help="a model's folder, a .gguf file, or a Hub id")
-    parser.add_argument("--adapter", metavar="PATH", help="an adapter's folder")
+    parser.add_argument(
+        "--adapter", action=Once, metavar="PATH", help="an adapter's folder, for all prompts"
+    )
     parser.add_argument(
         "--prompt",
         action="append",
@@ -26,7 +35,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     sampling_arguments(parser)
     parser.add_argument(
-        "--stop", action="append", metavar="TOKEN", help="ends the text; may come again"
+        "--stop",
+        action="append",
+        metavar="TOKEN",
+        help="a token, or its id, that ends the text; may come again",
     )
     base_arguments(parser)
 

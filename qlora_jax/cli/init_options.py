@@ -62,7 +62,7 @@ def pair(number: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
 
 
 def refuse_idle(args: argparse.Namespace) -> None:
-    """Without --init the others have no effect.
+    """Without --init the others have no effect, nor a seed without random directions.
 
     Raises:
       InputError: INIT-OPTION.
@@ -72,6 +72,9 @@ def refuse_idle(args: argparse.Namespace) -> None:
         option = f"--{given[0].replace('_', '-')}"
         found, hint = "is given and has no effect: there is no --init", "--init loftq"
         raise InputError("INIT-OPTION", option, found, "", hint)
+    if args.seed is not None and "_niter_" not in (args.init or ""):
+        found, hint = f"is given and has no effect with {args.init}", f"--init {args.init}_niter_16"
+        raise InputError("INIT-OPTION", "--seed", found, "", hint)
 
 
 def lora_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -62,17 +62,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--perplexity-tolerance",
         type=float,
         metavar="X",
-        help="by which part the perplexity may grow (default 0.001 in float32, 0.01 in float16, "
-        "0.05 in bfloat16, 0.25 in 4 bits)",
+        help="largest growth of the perplexity, 0.05 is 5%% (default 0.001 in float32, 0.01 in "
+        "float16, 0.05 in bfloat16, 0.25 in 4 bits)",
     )
     base_arguments(parser)
 
 
 def bits_arguments(parser: argparse.ArgumentParser) -> None:
     """Back into 4 bits, and how."""
-    group = parser.add_argument_group("back into 4 bits")
+    group = parser.add_argument_group("back into 4 bits (all but --bits want --bits 4)")
     group.add_argument(
-        "--bits", type=int, choices=(4,), help="write a 4-bit checkpoint, quantized as the base is"
+        "--bits",
+        type=int,
+        choices=(4,),
+        help="write a 4-bit checkpoint, quantized as the base is, which must be 4-bit",
     )
     group.add_argument(
         "--method",
@@ -84,7 +87,8 @@ def bits_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a text or rows like those that the model is for; a tenth is held out for the check",
+        help="a text or rows like those that the model is for, of more tokens than its widest "
+        "linear has inputs; a tenth is held out for the check",
     )
     group.add_argument(
         "--residual-rank",

@@ -13,6 +13,22 @@ KINDS = ("nf4", "fp4", "int4")
 CONFIG_HELP = "a YAML file of settings; README lists the keys"
 
 
+class Once(argparse.Action):
+    """An option that may come once; argparse itself lets the last one win in silence."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Takes the value.
+
+        Raises:
+          ArgumentError: it was given before.
+        """
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(
+                self, f"comes twice: {getattr(namespace, self.dest)} first"
+            )
+        setattr(namespace, self.dest, values)
+
+
 def config_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration file, and settings that win over it."""
     parser.add_argument("config", help=CONFIG_HELP)
@@ -28,8 +44,8 @@ def base_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         choices=("auto", "none", *KINDS),
         default="auto",
-        help="auto: as the adapter was trained, or as stored if it does not say; without one nf4; "
-        "a 4-bit model always as stored",
+        help="auto: as the adapter was trained, the first of several, or as stored if it does not "
+        "say; without one nf4; a 4-bit model always as stored",
     )
     group.add_argument(
         "--block-size", type=int, default=64, metavar="N", help="weights a scale (default 64)"
@@ -52,13 +68,21 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (greedy by default)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="X", help="keep the k likeliest; 0 is off"
+        "--top-k", type=int, default=0, metavar="N", help="keep the k likeliest; 0 is off"
     )
     group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="keep this much probability"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="keep this much probability, over 0 (default 1, all)",
     )
     group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="X", help="relative to the likeliest"
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the least, relative to the likeliest; 0 is off",
     )
     group.add_argument(
         "--repetition-penalty",
@@ -68,7 +92,11 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="over 1 avoids what was said",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same text"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the same seed gives the same text (default 0)",
     )
     memory = parser.add_argument_group("memory and speed")
     memory.add_argument(

@@ -54,10 +54,15 @@ def file_of_split(folder: Path, split: str) -> Path:
     return found[0]
 
 
+def missing(path: str | Path, expected: str) -> InputError:
+    """The error for a file that is not there."""
+    return InputError("DATA-MISSING", path, "no such file", expected, "check the path")
+
+
 def check_file(path: Path) -> None:
     """Refuse what is not a data file before a parser's own message hides the reason."""
     if not path.exists():
-        raise InputError("DATA-MISSING", path, "no such file", "a data file", "check the path")
+        raise missing(path, "a data file")
     if not path.is_file():
         raise InputError("DATA-FILE", path, "not a regular file", "a data file")
     if path.suffix.lower() not in READERS:

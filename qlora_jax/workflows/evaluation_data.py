@@ -8,6 +8,7 @@ import numpy as np
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.encode import TextEncoder
 from qlora_jax.data.load import load_dataset
+from qlora_jax.data.rows import missing
 from qlora_jax.errors import InputError
 from qlora_jax.evaluation.perplexity import windows
 from qlora_jax.models import Decoder
@@ -57,7 +58,7 @@ def read_text(path: Path) -> str:
       InputError: DATA-MISSING, or DATA-UTF8 with the byte.
     """
     if not path.is_file():
-        raise InputError("DATA-MISSING", path, "no such file", "a text file", "check the path")
+        raise missing(path, "a text file")
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:

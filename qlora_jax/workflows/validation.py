@@ -14,6 +14,7 @@ from qlora_jax.adapters.adapter import count_parameters
 from qlora_jax.checkpoints.load import Loader, Source
 from qlora_jax.checkpoints.peft import read_adapter
 from qlora_jax.data.dataset import Dataset
+from qlora_jax.data.rows import missing
 from qlora_jax.errors import InputError, QloraError
 from qlora_jax.models import ModelConfig
 from qlora_jax.models.families import module_shapes, weight_shapes
@@ -77,7 +78,7 @@ def validate(path: str | Path, overrides: Iterable[str] = ()) -> Validation:
             check_model(config, found)
     elif config.dataset is not None and not Path(config.dataset).exists():
         with found.part():
-            raise missing_data(config.dataset)
+            raise missing(config.dataset, "a data file")
     return found
 
 
@@ -102,7 +103,7 @@ def check_model(config: TrainConfig, found: Validation) -> None:
         source = open_source(config.model)
     except QloraError:
         if config.dataset is not None and not Path(config.dataset).exists():
-            found.problems.append(missing_data(config.dataset))
+            found.problems.append(missing(config.dataset, "a data file"))
         raise
     with source:
         shape = ModelConfig.from_dict(source.config, str(source.path))
@@ -173,8 +174,3 @@ def total(shapes: dict[str, tuple[int, ...]], layers: int) -> int:
         math.prod(shape) * (layers if name.startswith(LAYERS) else 1)
         for name, shape in shapes.items()
     )
-
-
-def missing_data(path: str) -> InputError:
-    """The error that reading the rows would give, where no tokenizer can be had."""
-    return InputError("DATA-MISSING", path, "no such file", "a data file", "check the path")

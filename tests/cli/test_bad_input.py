@@ -146,6 +146,9 @@ CASES = {
     "block size": Case(leave, "quantize model out --block-size 63", ("63", "64")),
     "an unknown format": Case(leave, "export model out --format pft", ("unknown", "peft")),
     "sampling": Case(leave, "generate model --prompt a --top-p 2", ("top_p", "2")),
+    "two adapters for one text": Case(
+        leave, "generate model --prompt a --adapter a --adapter b", ("--adapter", "twice: a")
+    ),
     "template": Case(leave, f"{TRAIN} chat_template=no.jinja", ("missing", "no.jinja")),
     "unused key": Case(leave, f"{TRAIN} eval_steps=5", ("eval_steps", "no effect")),
 }

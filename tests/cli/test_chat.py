@@ -102,6 +102,11 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(home, monkeypatch, 
     assert out == ""
 
 
+def test_a_full_conversation_says_how_to_begin_again(home, monkeypatch, capsys):
+    _, err = chat(monkeypatch, capsys, f"Hi\n{'a' * 3000}\n")
+    assert err.splitlines()[-1].endswith("/reset begins another")
+
+
 def test_ctrl_c_ends_it_cleanly(home, monkeypatch, capsys):
     def interrupted(self, line):
         raise KeyboardInterrupt
