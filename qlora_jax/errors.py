@@ -94,3 +94,8 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     shown = ", ".join(names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to a line; the error's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

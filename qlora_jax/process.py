@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA begins when an allocation fails
 # (limit, used) of a container, of version 2 and of version 1.
 LIMITS = (
     ("memory.max", "memory.current"),
@@ -25,6 +26,12 @@ def available() -> tuple[int, str]:
         rooms.append((soft - address_space(), "ulimit -v"))
     room, why = min(rooms)
     return max(room, 0), why
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error, Python's or XLA's, says that an allocation failed."""
+    xla = isinstance(error, RuntimeError) and EXHAUSTED in str(error)  # JaxRuntimeError is one
+    return xla or isinstance(error, MemoryError)
 
 
 def system_room() -> int:

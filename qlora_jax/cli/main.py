@@ -13,7 +13,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from qlora_jax.errors import FULL, InputError, Note, QloraError, StorageError, listed, nearest
+from qlora_jax import process
+from qlora_jax.errors import (
+    FULL,
+    DoesNotFit,
+    InputError,
+    Note,
+    QloraError,
+    StorageError,
+    first_line,
+    listed,
+    nearest,
+)
 
 COMMANDS = {
     "train": "fine-tune an adapter on a 4-bit model, as a configuration file says",
@@ -62,12 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `qlora-jax ... | head` is no error. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if "--debug" in argv:
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = as_ours(error)
+        if "--debug" in argv or told is None:
             raise
-        told = system_error(error)
         print(told, file=sys.stderr)
         return told.exit_code
+
+
+def as_ours(error: Exception) -> QloraError | None:
+    """What the system or an allocator refused; None for what only a bug of ours explains."""
+    if isinstance(error, OSError):
+        return system_error(error)
+    if not process.ran_out(error):
+        return None
+    hint = "qlora-jax plan says what a run needs; shorter or fewer rows take less"
+    return DoesNotFit("MEMORY", "memory", f"ran out: {first_line(error)}", hint=hint)
 
 
 def system_error(error: OSError) -> QloraError:

@@ -144,7 +144,7 @@ def as_input_error(where: str) -> Iterator[None]:
     """Failures of the libraries, and panics of their Rust code, as one line."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # a BaseException that no module exports

@@ -54,11 +54,12 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
     except OSError as error:
         raise InputError("TOK-FILE", where, f"cannot be opened: {error.strerror}") from None
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
             raise InputError("TOK-FILE", where, "is not a regular file")
-        text = file.read(limit + 1)
-    if len(text) > limit:
-        raise InputError("TOK-SIZE", where, "is too large", f"at most {limit} bytes")
+        if found.st_size > limit:
+            raise InputError("TOK-SIZE", where, "is too large", f"at most {limit} bytes")
+        text = file.read(found.st_size)
     try:
         document = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:

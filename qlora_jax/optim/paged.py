@@ -21,6 +21,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from qlora_jax import process
 from qlora_jax.errors import DoesNotFit, InputError
 from qlora_jax.optim.memory import choose_memory
 from qlora_jax.optim.pages import (
@@ -322,8 +323,8 @@ def room_on_host(state: Any) -> Iterator[None]:
     """Turns the backend's error for a full host into ours."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not process.ran_out(error):
             raise
         size = f"{nbytes(state) / 1e6:.1f} MB of optimizer state"
         raise DoesNotFit(

@@ -8,8 +8,9 @@ import jax
 
 from pallas_kernels import gpu
 from pallas_kernels.quantize.api import DoubleQuantized
+from qlora_jax import process
 from qlora_jax.adapters.adapter import Adapter
-from qlora_jax.errors import DoesNotFit
+from qlora_jax.errors import DoesNotFit, first_line
 from qlora_jax.memory import budget
 from qlora_jax.memory.changes import changes
 from qlora_jax.memory.estimate import Estimator
@@ -24,7 +25,6 @@ from qlora_jax.train.config import TrainConfig
 from qlora_jax.weight_names import HEAD, LAYERS
 
 ADVICE = 3  # changes that an error names; the plan has all
-EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA begins when an allocation fails
 
 
 def laid_out(shape: ModelConfig, config: TrainConfig, row_length: int) -> Plan:
@@ -86,8 +86,8 @@ def explained(config: TrainConfig, found: Plan, say: Callable[[str], object]) ->
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and EXHAUSTED not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not process.ran_out(error):
             raise
         less = changes(Estimator(found.micro, config), config, found.estimate, found.budget)
         found = dataclasses.replace(found, fits=False, changes=less)
@@ -104,11 +104,6 @@ def too_large(
         say(line)
     advice = ", or ".join(change.change for change in found.changes[:ADVICE])
     return DoesNotFit(code, found.budget.name, what, limit, advice)
-
-
-def first_line(error: BaseException) -> str:
-    """What an allocator said, cut to a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def streaming_of(model: Decoder | LayerwiseDecoder) -> str:

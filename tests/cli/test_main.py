@@ -88,6 +88,27 @@ def test_a_bug_of_ours_keeps_its_traceback(command):
         cli.main(["do"])
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore"), "Out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_and_4(command, capsys, error, said):
+    def run(args):
+        raise error
+
+    command.run = run
+    assert cli.main(["do"]) == 4
+    shown = capsys.readouterr().err
+    assert shown.startswith("error[MEMORY]: memory: ran out: ")
+    assert said in shown
+    assert shown.count("\n") == 1
+    with pytest.raises(type(error)):
+        cli.main(["do", "--debug"])
+
+
 def test_ctrl_c_is_130(command, capsys):
     def run(args):
         raise KeyboardInterrupt

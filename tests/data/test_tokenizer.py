@@ -32,6 +32,17 @@ def smollm2(smollm2_metadata):
     return load_tokenizer("SmolLM2.gguf", smollm2_metadata, vocab_size=49152)
 
 
+def test_memory_that_runs_out_is_not_laid_on_the_file(smollm2, tmp_path, monkeypatch):
+    smollm2.save_pretrained(tmp_path)
+    monkeypatch.setattr("qlora_jax.data.tokenizer.check_tokenizer_json", exhausted)
+    with pytest.raises(MemoryError):
+        load_tokenizer(tmp_path)
+
+
+def exhausted(path: Path) -> None:
+    raise MemoryError
+
+
 def test_smollm2_splits_digits_and_names_its_tokens(smollm2):
     assert smollm2.convert_ids_to_tokens(smollm2.encode("2024")) == ["2", "0", "2", "4"]
     assert smollm2.encode("2024") == [34, 32, 34, 36]

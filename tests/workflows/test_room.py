@@ -49,19 +49,19 @@ def test_a_trainer_of_objects_is_refused_too(home, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+# Opened without a limit first: what imports, and the arenas of threads, take is not the run's.
 LIMITED = """
 import resource, sys
 from qlora_jax import process
 from qlora_jax.errors import DoesNotFit
 from qlora_jax.workflows.training import open_run
 from qlora_jax.train.config import TrainConfig
-from transformers import PreTrainedTokenizerFast  # imported now: what it takes is not the run's
-import jax
-jax.devices()
-limit = process.address_space() + 150_000_000
+config = TrainConfig.from_yaml(sys.argv[1])
+open_run(config)
+limit = process.address_space() + 100_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    open_run(TrainConfig.from_yaml(sys.argv[1]))
+    open_run(config)
 except DoesNotFit as error:
     print(error)
     sys.exit(error.exit_code)
