@@ -128,7 +128,8 @@ def uniform_rows(key: Array, ranks: Array, largest: int, width: int) -> Float[Ar
 
     def row(layer, index):
         own = jax.random.fold_in(jax.random.fold_in(key, layer), index)
-        return jax.random.uniform(own, (width,), jnp.float32, -bound, bound)
+        # From -1 to 1 numbers are exact, so that all is rounded once, whatever instructions do it.
+        return bound * jax.random.uniform(own, (width,), jnp.float32, -1, 1)
 
     rows = jnp.arange(largest)
     drawn = jax.vmap(lambda layer: jax.vmap(lambda i: row(layer, i))(rows))(jnp.arange(len(ranks)))
