@@ -54,12 +54,12 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
     except OSError as error:
         raise InputError("TOK-FILE", where, f"cannot be opened: {error.strerror}") from None
     with open(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise InputError("TOK-FILE", where, "is not a regular file")
-        if found.st_size > limit:
+        if status.st_size > limit:
             raise InputError("TOK-SIZE", where, "is too large", f"at most {limit} bytes")
-        text = file.read(found.st_size)
+        text = file.read(status.st_size)
     try:
         document = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, first_line
 
 LIMIT_BYTES = 1 << 20
 CORE = {
@@ -93,7 +93,7 @@ def parse(text: str, where: str) -> Any:
     except RecursionError:
         raise InputError("CFG-YAML", where, "is nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of 5000 digits is a ValueError
-        raise InputError("CFG-YAML", where, str(error).splitlines()[0]) from None
+        raise InputError("CFG-YAML", where, first_line(error)) from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

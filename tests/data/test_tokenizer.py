@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 from qlora_jax.checkpoints.gguf import GGUF
 from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.data.tokenizer_json import check_tokenizer_json
+from qlora_jax.data.tokenizer_json import check_tokenizer_json, read_object
 from qlora_jax.errors import InputError
 from tests.golden_data import golden_folder, read_arrays
 
@@ -41,6 +41,12 @@ def test_memory_that_runs_out_is_not_laid_on_the_file(smollm2, tmp_path, monkeyp
 
 def exhausted(path: Path) -> None:
     raise MemoryError
+
+
+def test_reading_takes_the_files_size_and_not_the_limits(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    assert read_object(path, 1 << 60) == {}
 
 
 def test_smollm2_splits_digits_and_names_its_tokens(smollm2):
