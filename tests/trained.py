@@ -8,6 +8,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
+from tests.randoms import normals_like
 
 
 def opened(name: str, kind: str = "nf4", double_quant: bool = True, head=False) -> Decoder:
@@ -20,11 +21,10 @@ def opened(name: str, kind: str = "nf4", double_quant: bool = True, head=False) 
 def trained(base: Decoder, seed: int = 0, **settings) -> Adapter:
     """An adapter with B not zero, and what was trained in full moved away from the base's."""
     fresh = init_lora(base, key=jax.random.key(seed), **{"r": 4, "alpha": 8} | settings)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
 
-    def moved(path, leaf):
+    def moved(path, leaf, move):
         # A is random already, and zero where a layer's rank is smaller than another's.
-        kept = path[-1].key == "A"
-        return leaf if kept else leaf + jax.random.normal(next(keys), leaf.shape) / 20
+        return leaf if path[-1].key == "A" else leaf + move
 
-    return Adapter(jax.tree.map_with_path(moved, fresh.params), fresh.spec)
+    moves = normals_like(fresh.params, seed + 1, size=0.05)
+    return Adapter(jax.tree.map_with_path(moved, fresh.params, moves), fresh.spec)

@@ -1,5 +1,6 @@
 """How an adapter begins, so that it changes nothing: A uniform, B zero, the rest the base's own."""
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,7 @@ def saved_weight(weights: Mapping[str, Array | QuantizedTensor], name: str) -> F
     return jnp.array(weight, jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("largest", "width"))
 def uniform_rows(key: Array, ranks: Array, largest: int, width: int) -> Float[Array, "L r in"]:
     """For each layer as many uniform rows as its rank, then zeros; each row from its own key."""
     bound = 1 / math.sqrt(width)

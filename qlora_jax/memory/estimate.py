@@ -104,8 +104,6 @@ class Estimator:
         self.params = nbytes(adapter_shapes(spec, shape))
         self.frozen = nbytes(adapter_shapes(micro.frozen, shape)) if micro.frozen else 0
         self.pages, self.state = optimizer(spec, shape, config)
-        self.kept_bytes = functools.cache(lambda: kept_bytes(micro))
-        self.program = functools.cache(lambda stream, policy: traced(micro, stream, policy))
         self.peak = functools.cache(self.simulated)
 
     def weights(self, where: Iterable[str]) -> tuple[int, int]:
@@ -139,7 +137,7 @@ class Estimator:
     def kept(self, policy: str) -> int:
         """What one layer keeps for the backward pass."""
         known = policy in ("full", "offload")
-        return self.micro.input_bytes if known else self.kept_bytes()[policy]
+        return self.micro.input_bytes if known else kept_bytes(self.micro)[policy]
 
     @property
     def gradients(self) -> int:
@@ -202,11 +200,11 @@ class Estimator:
     def simulated(self, stream: str, policy: str) -> Peak:
         """The temporaries on the device, all of them and those of the loss."""
         spaces = [DEVICE] if self.on_gpu else [DEVICE, HOST]
-        return peak_bytes(self.program(stream, policy), spaces, LOSS)
+        return peak_bytes(traced(self.micro, stream, policy), spaces, LOSS)
 
     def compiling(self, stream: str, policy: str) -> int:
         """What the compiler keeps, which is this process."""
-        return COMPILED_OPERATION * operations(self.program(stream, policy))
+        return COMPILED_OPERATION * operations(traced(self.micro, stream, policy))
 
     def on_host(self, names: list[str], *, from_disk: bool) -> tuple[int, int]:
         """`weights` of what is streamed; of layers that come from disk a few at a time."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,6 +115,7 @@ def gradients(micro: Micro, remat: str) -> Callable[..., Any]:
     return program
 
 
+@functools.lru_cache(maxsize=8)  # a run is planned before its model is read, and once more behind
 def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
     """The gradients of train/step.py; nothing is compiled or allocated.
 
@@ -125,6 +127,7 @@ def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
         return jax.make_jaxpr(gradients(micro, remat))(*arguments(micro, stream_weights))
 
 
+@functools.lru_cache(maxsize=8)
 def kept_bytes(micro: Micro) -> dict[str, int]:
     """What one layer keeps for the backward pass, by policy; what is offloaded, in host memory.
 

@@ -36,7 +36,14 @@ def piece(array: jax.Array | np.ndarray | StoredArray, start: int, stop: int) ->
     """The entries [start, stop) of an array that is flattened."""
     if isinstance(array, StoredArray):
         return array.flat(start, stop)
+    if isinstance(array, jax.Array) and array.is_fully_addressable and on_cpu(array):
+        array = np.asarray(array)  # the memory itself: no program is compiled for its shape
     return np.asarray(array.reshape(-1)[start:stop])
+
+
+def on_cpu(array: jax.Array) -> bool:
+    """Whether an array lives in a CPU's memory, where NumPy reads it without a copy."""
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 def arrays(weight: Any) -> Iterator[Any]:

@@ -5,6 +5,7 @@ depends on the program around: the last bit of a parameter would depend on where
 Here every product that is added to something is rounded first, so that nothing can be contracted.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,8 +54,9 @@ class AdamWState(NamedTuple):
     v: Any
 
 
+@functools.cache  # equal settings are one transform, whose programs all optimizers share
 def adamw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: float | optax.Schedule,
     *,
     b1: float = 0.9,
     b2: float = 0.999,

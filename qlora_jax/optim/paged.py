@@ -90,32 +90,6 @@ class Paged:
         self.refuse(memory)
         self.memory, self.resident = memory, resident
 
-        def update(params, grads, state):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        def update_rows(params, grads, state, page, *, count, layers):
-            new, state = update(
-                cut(params, page, count, layers), cut(grads, page, count, layers), state
-            )
-            return write(params, new, page, count), state
-
-        def init_page(params, page, *, count, layers):
-            return tx.init(cut(params, page, count, layers))
-
-        layout = ("count", "layers")
-        # With its arguments kept, a program leaves results committed where they are, and an update,
-        # which gets such a state back from itself, is compiled once.
-        self.init_all = jax.jit(tx.init, keep_unused=True)
-        self.init_page = jax.jit(init_page, static_argnames=layout, keep_unused=True)
-        self.update = jax.jit(update, donate_argnums=(0, 2))
-        # The state of a page is never donated: XLA matches donated buffers by shape and not by
-        # memory kind, and the process aborts.
-        self.update_rows = jax.jit(update_rows, static_argnames=layout, donate_argnums=0)
-        self.update_page = jax.jit(update)
-        self.cut = jax.jit(cut, static_argnames=layout)
-        self.write = jax.jit(write, static_argnames="count", donate_argnums=0)
-
     def refuse(self, memory: str) -> None:
         """Raises the errors of a memory that cannot be had."""
         if memory not in MEMORIES:
@@ -139,11 +113,10 @@ class Paged:
     def init(self, params: Params) -> Any:
         """The state before the first step: `tx`'s own, or a tuple of them, one a page."""
         if self.memory == "device":
-            return self.init_all(params)
-        count, layers = self.pages(params), layer_count(params)
+            return init_all(params, tx=self.tx)
+        pages = {"tx": self.tx, "count": self.pages(params), "layers": layer_count(params)}
         return tuple(
-            self.home(page, self.init_page(params, page, count=count, layers=layers))
-            for page in range(count)
+            self.home(page, init_page(params, page, **pages)) for page in range(pages["count"])
         )
 
     def apply(self, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
@@ -153,7 +126,7 @@ class Paged:
         """
         self.bytes_moved, self.seconds_moved = 0, 0.0
         if self.memory == "device":
-            return self.update(params, grads, state)
+            return update_all(params, grads, state, tx=self.tx)
         pages, count, layers = [], len(state), layer_count(params)
         with self.clock():
             ahead = self.fetched(state, 0)
@@ -174,10 +147,10 @@ class Paged:
     ) -> tuple[Params, Any]:
         """The parameters with one page of them updated, and the page's new state."""
         if not self.contracts:
-            return self.update_rows(params, grads, state, page, count=count, layers=layers)
-        own = self.cut((params, grads), page, count=count, layers=layers)
-        new, state = self.update_page(*own, state)
-        return self.write(params, new, page, count=count), state
+            return update_rows(params, grads, state, page, tx=self.tx, count=count, layers=layers)
+        own = cut_page((params, grads), page, count=count, layers=layers)
+        new, state = update_page(*own, state, tx=self.tx)
+        return write_page(params, new, page, count=count), state
 
     def fit(
         self,
@@ -231,11 +204,9 @@ class Paged:
         """`whole` undone: the state where this optimizer keeps it."""
         if self.memory == "device":
             return put(whole, DEVICE)
-        count, layers = self.pages(params), layer_count(params)
-        like = jax.eval_shape(
-            functools.partial(self.init_page, count=count, layers=layers), params, 0
-        )
-        pages = parted(whole, like, count)
+        pages = {"tx": self.tx, "count": self.pages(params), "layers": layer_count(params)}
+        like = jax.eval_shape(functools.partial(init_page, **pages), params, 0)
+        pages = parted(whole, like, pages["count"])
         return tuple(self.home(page, own) for page, own in enumerate(pages))
 
     def fetched(self, state: tuple, page: int) -> Any:
@@ -260,6 +231,47 @@ class Paged:
         start = time.perf_counter()
         yield
         self.seconds_moved += time.perf_counter() - start
+
+
+def updated(params: Params, grads: Params, state: Any, *, tx: Any) -> tuple[Params, Any]:
+    """One step of `tx`, not compiled."""
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+# The programs. A transform is static: optimizers of equal settings, which `adamw` gives the same
+# transform, share what was compiled.
+LAYOUT = ("tx", "count", "layers")
+update_all = jax.jit(updated, static_argnames="tx", donate_argnums=(0, 2))
+# The state of a page is never donated: XLA matches donated buffers by shape and not by memory kind,
+# and the process aborts.
+update_page = jax.jit(updated, static_argnames="tx")
+cut_page = jax.jit(cut, static_argnames=("count", "layers"))
+write_page = jax.jit(write, static_argnames="count", donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=LAYOUT, donate_argnums=0)
+def update_rows(
+    params: Params, grads: Params, state: Any, page: Any, *, tx: Any, count: int, layers: int
+) -> tuple[Params, Any]:
+    """`updated` for the rows of one page, written in place."""
+    own = (cut(tree, page, count, layers) for tree in (params, grads))
+    new, state = updated(*own, state, tx=tx)
+    return write(params, new, page, count), state
+
+
+# With its arguments kept, a program leaves results committed where they are, and an update, which
+# gets such a state back from itself, is compiled once.
+@functools.partial(jax.jit, static_argnames="tx", keep_unused=True)
+def init_all(params: Params, *, tx: Any) -> Any:
+    """The state of all parameters before the first step."""
+    return tx.init(params)
+
+
+@functools.partial(jax.jit, static_argnames=LAYOUT, keep_unused=True)
+def init_page(params: Params, page: Any, *, tx: Any, count: int, layers: int) -> Any:
+    """The state of one page before the first step."""
+    return tx.init(cut(params, page, count, layers))
 
 
 def choose_paged(

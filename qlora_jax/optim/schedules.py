@@ -6,6 +6,7 @@
 The first step of a warmup has learning rate 0, as in transformers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ Step = jax.Array | int
 Factor = Callable[[Step], jax.Array]
 
 
+@functools.cache  # equal schedules are one function: see `adamw`
 def schedule(
     name: str, learning_rate: float, total_steps: int, warmup_ratio: float = 0.0
 ) -> optax.Schedule:

@@ -12,6 +12,7 @@ from qlora_jax.adapters.spec import make_spec
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import quantize
 from tests.adapters.small_model import SmallModel
+from tests.randoms import normal
 from tests.tolerances import ROW_LENGTH_RTOL
 
 KEY = jax.random.key(7)
@@ -31,9 +32,8 @@ def test_the_whole_tree():
 
 def model_with_weights(**weights) -> SmallModel:
     """Random weights; of the linears q_proj alone, in 4 bits."""
-    random = jax.random.normal
-    q = jax.vmap(quantize)(random(jax.random.key(0), (3, 128, 64)))
-    embedding = random(jax.random.key(1), (9, 8)).astype(jnp.bfloat16)
+    q = jax.vmap(quantize)(normal(0, 3, 128, 64))
+    embedding = normal(1, 9, 8, dtype="bfloat16")
     held = {"model.embed_tokens.weight": embedding, "model.layers.self_attn.q_proj.weight": q}
     return SmallModel(held | weights, {"self_attn.q_proj": (128, 64)})
 
@@ -120,7 +120,7 @@ def test_layers_are_cut_to_their_rank():
 def test_padding_stays_zero_and_scales_stay_put_under_adamw():
     lora = init_lora(SmallModel(), **UNEQUAL, targets=["q_proj"], key=KEY)
     scales = lora.spec.scales("self_attn.q_proj").copy()
-    x = jax.random.normal(jax.random.key(1), (5, 8))
+    x = normal(1, 5, 8)
     tx = optax.adamw(1e-2, weight_decay=0.1)
 
     def loss(adapter: Adapter):

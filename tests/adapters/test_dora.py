@@ -16,14 +16,11 @@ from qlora_jax.models import linear
 from qlora_jax.models.linear import Branch, Linear
 from qlora_jax.quantization.tensor import quantize
 from tests.golden_data import GoldenFile
+from tests.randoms import normal
 from tests.tolerances import ROW_LENGTH_BY_SUMS_RTOL, ROW_LENGTH_RTOL, VJP_ATOL, VJP_RTOL
 
 SCALE = jnp.float32(1.5)
 INPUTS = ("x", "dy", "W", "bias", "A", "B", "m", "kept")
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def close(found, wanted) -> None:

@@ -11,6 +11,7 @@ from qlora_jax.adapters.merge import merge_weight, merged_config, merged_weights
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
 from tests.adapters.small_model import SHAPES, SmallModel
+from tests.randoms import normal
 from tests.tolerances import MERGE_ATOL, MERGE_RTOL
 
 LAYERS = 3
@@ -19,10 +20,7 @@ Q = "self_attn.q_proj"
 
 def trained(lora: Adapter) -> Adapter:
     """`lora` with a B that is not zero."""
-    params = {
-        name: dict(pair, B=jax.random.normal(jax.random.key(1), pair["B"].shape))
-        for name, pair in lora.params.items()
-    }
+    params = {name: dict(pair, B=normal(1, *pair["B"].shape)) for name, pair in lora.params.items()}
     return Adapter(params, lora.spec)
 
 
@@ -69,7 +67,7 @@ def expected(weight, lora: Adapter, name: str, layer: int) -> np.ndarray:
 @pytest.mark.usefixtures("strict_promotion")
 def test_merge_weight_is_the_formula_in_float32():
     lora = new_adapter(r=2, targets=["q_proj"])
-    weight = jax.random.normal(jax.random.key(2), (16, 8)).astype(jnp.bfloat16)
+    weight = normal(2, 16, 8, dtype="bfloat16")
     merged = merge_weight(weight, *lora.layer(Q, 1), 8.0)
     assert merged.dtype == jnp.float32
     wanted = expected(weight, lora, Q, 1)
@@ -137,7 +135,7 @@ def test_only_saved_modules_untie_a_model():
 
 def test_a_4_bit_base_is_merged_as_the_model_computes_with_it():
     shapes = {Q: (64, 128)}
-    base = jax.vmap(quantize)(jax.random.normal(jax.random.key(3), (LAYERS, *shapes[Q])))
+    base = jax.vmap(quantize)(normal(3, LAYERS, *shapes[Q]))
     assert isinstance(base, QuantizedTensor)
     model = SmallModel({f"model.layers.{Q}.weight": base}, shapes)
     lora = trained(init_lora(model, r=4, key=jax.random.key(0)))

@@ -11,6 +11,7 @@ from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation import perplexity
 from qlora_jax.inference.decode import generate_batch, generate_tokens
 from tests.inference.tiny_model import tiny_model
+from tests.randoms import normals_like
 from tests.tolerances import ROW_ADAPTER_ATOL
 
 MODEL = tiny_model()
@@ -20,8 +21,7 @@ IDS = np.random.default_rng(3).integers(0, 265, (4, 9)).astype(np.int32)
 def drawn(seed: int, model=MODEL, **options):
     """A trained adapter: A and B of size 0.2."""
     adapter = init_lora(model, key=jax.random.key(seed), **{"r": 4, "alpha": 8.0, **options})
-    keys = iter(jax.random.split(jax.random.key(seed + 100), 100))
-    return jax.tree.map(lambda leaf: 0.2 * jax.random.normal(next(keys), leaf.shape), adapter)
+    return normals_like(adapter, seed + 100, size=0.2)
 
 
 ADAPTERS = {

@@ -25,6 +25,7 @@ from qlora_jax.errors import InputError, StorageError
 from qlora_jax.optim.paged_adamw import paged_adamw
 from qlora_jax.placement import memory_kind, to_device
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
+from tests.randoms import normal
 
 DTYPES = ["float32", "float16", "bfloat16", "int32", "uint8", "int8", "uint32", "bool"]
 
@@ -111,7 +112,7 @@ def test_an_adapter_comes_back_with_its_spec(tmp_path):
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_quantized_tensor_comes_back_whole(tmp_path, double_quant):
-    weight = jax.random.normal(jax.random.key(0), (8, 128), jnp.float32)
+    weight = normal(0, 8, 128)
     tensor = quantize(weight, double_quant=double_quant)
     save_orbax(tmp_path / "merged", {"model.norm.weight": jnp.ones(4), "w": tensor})
     found = load_orbax(tmp_path / "merged")["w"]

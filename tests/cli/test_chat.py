@@ -16,6 +16,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.errors import InputError
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.open import load
+from tests.randoms import normals_like
 from tests.tiny_model import write_tiny_model
 
 
@@ -27,11 +28,7 @@ def home(tmp_path_factory):
     model, tokenizer = load(folder / "model")
     for seed, name in enumerate(("law", "sql")):
         adapter = init_lora(model, r=2 + seed, alpha=64.0, key=jax.random.key(seed))
-        keys = iter(jax.random.split(jax.random.key(seed), 100))
-        adapter = jax.tree.map(
-            lambda leaf, keys=keys: 0.2 * jax.random.normal(next(keys), leaf.shape), adapter
-        )
-        save_adapter(folder / name, adapter, model, tokenizer)
+        save_adapter(folder / name, normals_like(adapter, seed, size=0.2), model, tokenizer)
     before = Path.cwd()
     os.chdir(folder)
     yield folder

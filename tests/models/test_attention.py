@@ -14,11 +14,8 @@ from qlora_jax.models.cache import Stored
 from qlora_jax.models.chunked_attention import Form, bands
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.scores import PLAIN, Scores
+from tests.randoms import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def plain_attention(q, k, v, segment_ids=None, scores=PLAIN):

@@ -11,6 +11,7 @@ from qlora_jax.models import Decoder, KVCache, linear
 from qlora_jax.models.cache import encoded
 from tests.golden_data import GOLDEN, GoldenFile
 from tests.models.test_golden_models import FOLDERS, decoder
+from tests.randoms import normal
 from tests.tolerances import BFLOAT16_RTOL, CACHED_ATOL, INT8_CACHE_ATOL
 
 LENGTHS = (17, 5)  # of two rows: beyond the golden windows of 8 tokens, and within
@@ -89,7 +90,7 @@ def test_an_8_bit_cache_is_near(name):
 
 
 def test_8_bits_are_off_by_half_a_scale_at_most():
-    new = jax.random.normal(jax.random.key(0), (2, 3, 4, 8)).at[0, 0, 0].set(0)
+    new = normal(0, 2, 3, 4, 8).at[0, 0, 0].set(0)
     stored = encoded(new, jnp.int8)
     assert stored.codes.dtype == jnp.int8
     off = np.abs(stored.codes * stored.scales[..., None] - new)
@@ -102,7 +103,7 @@ def test_8_bits_are_off_by_half_a_scale_at_most():
 def test_each_row_is_written_at_its_own_length(rows):
     config = decoder("llama").config
     cache = KVCache.create(config, rows, 8, "float32").advanced(jnp.arange(rows) % 5)
-    k = jax.random.normal(jax.random.key(1), (rows, 2, config.num_key_value_heads, 16))
+    k = normal(1, rows, 2, config.num_key_value_heads, 16)
     own, _ = cache.store(jnp.int32(1), k, k).of_layer(jnp.int32(1))
     for row in range(rows):
         at = row % 5
@@ -114,8 +115,8 @@ def test_each_row_is_written_at_its_own_length(rows):
 def test_a_head_by_blocks_is_the_head(rows, monkeypatch):
     """One bfloat16 row on a CPU: whole blocks of the vocabulary, and what is left of it."""
     monkeypatch.setattr(linear, "HEAD_ROWS", rows)
-    x = jax.random.normal(jax.random.key(0), (1, 1, 16), jnp.bfloat16)
-    head = jax.random.normal(jax.random.key(1), (32, 16), jnp.bfloat16)
+    x = normal(0, 1, 1, 16, dtype="bfloat16")
+    head = normal(1, 32, 16, dtype="bfloat16")
     found = linear.head_matmul(x, head, frozen=True)
     exact = x.astype(jnp.float32) @ head.astype(jnp.float32).T
     assert found.dtype == jnp.float32

@@ -8,11 +8,8 @@ import pytest
 from pallas_kernels.lora_matmul.delta import lora_delta, plain_lora_delta
 from qlora_jax.models.mlp import ACTIVATIONS, gated, plain_gated
 from qlora_jax.models.norms import plain_rms_norm, rms_norm
+from tests.randoms import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def assert_same_gradients(own, plain, args, wrt):

@@ -17,6 +17,7 @@ from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.step import gradients, micro_gradients
 from qlora_jax.weight_names import LAYERS, is_streamed
 from tests.golden_data import golden_folder
+from tests.randoms import normals_like
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 FAMILIES = sorted(path.name for path in golden_folder("models").iterdir() if path.is_dir())
@@ -40,10 +41,8 @@ def opened(family: str, stream_weights: str = "off", quantization=None) -> Decod
 def adapter(model: Decoder, **settings):
     """An adapter that changes something, where a new one has B = 0."""
     lora = init_lora(model, r=4, alpha=8, key=jax.random.key(0), **settings)
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    return lora.spec, jax.tree.map(
-        lambda leaf: leaf + 0.01 * jax.random.normal(next(keys), leaf.shape), lora.params
-    )
+    moves = normals_like(lora.params, 1, size=0.01)
+    return lora.spec, jax.tree.map(jnp.add, lora.params, moves)
 
 
 def batch(model: Decoder, rows: int = 2, length: int = 24):

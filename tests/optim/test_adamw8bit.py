@@ -18,6 +18,7 @@ from qlora_jax.optim.adamw8bit import (
     table_of,
     unpacked,
 )
+from tests.randoms import normal
 from tests.tolerances import DYNAMIC_GRID_ATOL
 
 SIZE = SMALLEST + 5  # of a layer; the last block has 5 numbers
@@ -114,7 +115,7 @@ def test_a_parameter_without_a_gradient_does_not_drift():
     ],
 )
 def test_blocks_are_of_one_layer(shape, layers, blocks):
-    moment = jax.random.normal(jax.random.key(0), shape)
+    moment = normal(0, *shape)
     kept = packed(moment, layers, True)
     if blocks is None:
         assert kept is moment

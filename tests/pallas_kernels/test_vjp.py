@@ -9,6 +9,7 @@ from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.vjp import frozen_matmul
 from pallas_kernels.nf4_matmul.weight import Weight
 from pallas_kernels.quantize.api import quantize_4bit
+from tests.randoms import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 OUT, IN = 24, 64
@@ -37,10 +38,6 @@ class Recorded:
 @pytest.fixture
 def product():
     return Recorded()
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def weight(seed=0):
