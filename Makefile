@@ -1,6 +1,7 @@
 # make demo              fine-tune a real 135M model on this machine, about five minutes
-# make test              lint and every test that needs no GPU
-# make test-reliability  thousands of damaged files, up to 20 minutes
+# make test              lint, and the tests that show every promise once, in 20 minutes
+# make test-all          every test that needs no GPU
+# make test-reliability  thousands of damaged files alone, and their results
 # make test-oldest       the kernels' tests on the oldest jax that we take
 # make compile-gpu       compile every kernel and whole training steps for GPUs that are not there
 # Each sets up an environment of its own first; the second time that costs nothing.
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast test-reliability test-oldest lint format \
+.PHONY: setup demo test test-all test-reliability test-oldest lint format \
   compile-gpu compile-gpu-subset
 .DEFAULT_GOAL := test
 
@@ -27,12 +28,17 @@ $(STAMP): pyproject.toml
 demo: setup
 	@$(BIN)/python -m qlora_jax.workflows.demo
 
+# Two processes on two cores; a process takes up to 3 GB. `make test WORKERS=4` for more.
+WORKERS := 2
+PYTEST := $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal
+
 test: lint
-	@$(BIN)/python -m pytest --quiet
+	@$(PYTEST)
 
-test-fast: setup
-	@$(BIN)/python -m pytest --quiet -m "not gpu and not slow and not reliability"
+test-all: lint
+	@$(PYTEST) -m "not gpu"
 
+# One process: its results are times and memory, and rules are counted where tests run.
 test-reliability: setup
 	@RELIABILITY_JSON=benchmarks/results/reliability.json \
 	  $(BIN)/python -m pytest --quiet -rs -m "not gpu" tests/reliability

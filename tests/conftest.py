@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import tests.typechecker  # noqa: F401  # by name, for jaxtyping: see pyproject.toml
+from tests.books import Books
 
 MAPPINGS = 15_000  # of memory; a module of tests adds 10,000 at the most
 
@@ -29,6 +30,29 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = Path(__file__).parent.parent / ".cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    config.pluginmanager.register(Books(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is compiled alike runs one after the other."""
+    items.sort(key=is_quickly_compiled)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Programs of one kind of compilation are never taken for the other's."""
+    import jax
+
+    quick_tier = "not slow" in item.config.option.markexpr
+    wanted = quick_tier and is_quickly_compiled(item)
+    if jax.config.read("jax_disable_most_optimizations") != wanted:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", wanted)
+
+
+def is_quickly_compiled(item: pytest.Item) -> bool:
+    """Whether a test says that its programs need few optimizations."""
+    return item.get_closest_marker("quickly_compiled") is not None
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -39,7 +39,7 @@ def commands() -> list[list[str]]:
     return [line.split("#")[0].replace("MODEL", "tiny").split()[1:] for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.quickly_compiled
 def test_readmes_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_tiny_model(tmp_path / "tiny")

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests import golden_data
 from tests.golden_data import GOLDEN, SELF_CONTAINED, spoil
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parent.parent
 MODELS = "tests/models/test_golden_models.py::test_golden_model"
@@ -56,6 +59,8 @@ SPOILED = [
     ("training/optimizers.npz", "bnb_adamw8", f"{OPTIMIZERS}[host-8-3]"),
     ("training/trajectory.npz", "grad_norm", f"{TRAINING}[device]"),
 ]
+ARRAYS = [row for row in SPOILED if row[0].endswith(".npz")]
+FIRST = {file.split("/")[0]: (file, key, test) for file, key, test in reversed(ARRAYS)}  # a folder
 
 
 def test_every_folder_has_a_row():
@@ -63,9 +68,38 @@ def test_every_folder_has_a_row():
     assert folders | SELF_CONTAINED == {file.split("/")[0] for file, _, _ in SPOILED}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "key", "test"), SPOILED)
-def test_a_spoiled_array_makes_its_test_fail(tmp_path, file, key, test):
+class Reports(list):
+    """A plugin of pytest that keeps the reports on tests as they were called."""
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call":
+            self.append(report)
+
+
+@pytest.mark.parametrize(("file", "key", "test"), tiered(ARRAYS, FIRST.values()))
+def test_a_spoiled_array_makes_its_test_fail(monkeypatch, file, key, test):
+    """Within this process, whose programs are compiled already."""
+    if not (GOLDEN / file).exists():
+        pytest.skip(f"QLORA_GOLDEN has no {file}")
+    read, reports = golden_data.read_arrays, Reports()
+
+    def spoiled(path: Path) -> dict[str, np.ndarray]:
+        arrays = read(path)
+        if Path(path) == golden_data.golden_folder(file.split("/")[0]).parent / file:
+            arrays[key] = golden_data.changed(arrays[key])
+        return arrays
+
+    monkeypatch.setattr(golden_data, "read_arrays", spoiled)
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"]
+    pytest.main([*options, "-q", test], plugins=[reports])
+    (report,) = reports
+    assert report.failed
+    assert "AssertionError" in str(report.longrepr)
+
+
+@pytest.mark.parametrize(("file", "key", "test"), [row for row in SPOILED if row not in ARRAYS])
+def test_a_spoiled_file_makes_its_test_fail(tmp_path, file, key, test):
+    """In a process of its own, whose golden folder has a file with another value."""
     if not (GOLDEN / file).exists():
         pytest.skip(f"QLORA_GOLDEN has no {file}")
     spoil(GOLDEN, tmp_path / "golden", file, key)

@@ -1,6 +1,7 @@
 """The decoder: embedding, a scan over stacked layers, a head. One program whatever the depth."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,16 +144,9 @@ class Decoder(nnx.Module):
           dropout_key: a key, in training only, for the adapter's dropout.
         """
         adapter = self.own_rows(adapter, adapter_index, len(input_ids))
-        x, cache = self.run(
-            input_ids,
-            positions,
-            attention_mask if segment_ids is None else segment_ids,
-            adapter,
-            cache,
-            dropout_key,
-        )
-        logits = self.logits(x, adapter)
-        return logits if cache is None else (logits, cache)
+        segment_ids = attention_mask if segment_ids is None else segment_ids
+        ids = map(as_array, (input_ids, positions, segment_ids))
+        return answered(self, *ids, adapter, cache, dropout_key)
 
     def logits(self, x: Float[Array, "*rows D"], adapter: AnyAdapter = None) -> Array:
         """Logits (*rows, V) float32 of the states behind the final norm."""
@@ -222,9 +216,7 @@ class Decoder(nnx.Module):
         dropout_key: Array | None,
         remat: str = "none",
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        input_ids, positions, segment_ids = (
-            None if ids is None else jnp.asarray(ids) for ids in (input_ids, positions, segment_ids)
-        )
+        input_ids, positions, segment_ids = map(as_array, (input_ids, positions, segment_ids))
         real = None if segment_ids is None else segment_ids > 0
         if positions is None:
             positions = default_positions(input_ids, real, cache)
@@ -263,6 +255,27 @@ class Decoder(nnx.Module):
         others = Others(jnp.arange(layers), kinds(config, room), scales, keys)
         layer = OneLayer(config.scores(room), dropout, segments)
         return layer, Stack(self.layers, params, others, Shared(far, near, segment_ids))
+
+
+@jax.jit  # or each call outside of one would compile its scan again
+def answered(
+    model: Decoder,
+    input_ids: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+    adapter: AnyAdapter,
+    cache: KVCache | None,
+    dropout_key: Array | None,
+):
+    """What a call of the model gives."""
+    x, cache = model.run(input_ids, positions, segment_ids, adapter, cache, dropout_key)
+    logits = model.logits(x, adapter)
+    return logits if cache is None else (logits, cache)
+
+
+def as_array(ids: Any) -> Array | None:
+    """Ids as JAX has them; None stays None."""
+    return None if ids is None else jnp.asarray(ids)
 
 
 def rows_of(table: Float[Array, "V D"], ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -117,8 +118,8 @@ class Report:
       alone: where there is such an adapter, what plain 4 bits would lose, in the same order.
     """
 
-    weights: tuple[WeightError, ...]
-    alone: tuple[WeightError, ...] = ()
+    weights: Sequence[WeightError]
+    alone: Sequence[WeightError] = ()
 
     @property
     def total(self) -> WeightError:
@@ -172,7 +173,7 @@ class Report:
         plot(self, path)
 
 
-def in_all(weights: tuple[WeightError, ...]) -> WeightError:
+def in_all(weights: Sequence[WeightError]) -> WeightError:
     """Weights as one: the largest error, sums over every number."""
     return WeightError(
         name=f"all {len(weights)} weights",

@@ -93,6 +93,7 @@ def test_rows_read_nothing_of_adapters_that_they_do_not_use():
     np.testing.assert_array_equal(found, MODEL(IDS[:2], adapter=many, adapter_index=[8, 0]))
 
 
+@pytest.mark.quickly_compiled
 @pytest.mark.parametrize("weights", ["packed", "dense"])
 def test_generated_rows_are_those_of_each_adapter_alone(weights):
     prompts = [[5, 6, 7], [9], list(range(20, 40)), [1, 2]]
@@ -110,6 +111,7 @@ def test_generated_rows_are_those_of_each_adapter_alone(weights):
     assert len({tuple(row) for row in new}) == 4
 
 
+@pytest.mark.quickly_compiled
 def test_perplexity_by_adapter():
     data = np.tile(IDS[:1], (3, 1))
     alone = [perplexity(MODEL, data[:1], adapter=ADAPTERS.get(n)).mean_nll for n in ("all", "base")]

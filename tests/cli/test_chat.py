@@ -19,6 +19,8 @@ from qlora_jax.workflows.open import load
 from tests.randoms import normals_like
 from tests.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

@@ -1,5 +1,7 @@
 """Rows of a batch never see each other: tokens, seeds, stops and NaN are each row's own."""
 
+from itertools import product
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from qlora_jax.quantization.tensor import stack
 from tests.adapters.test_stack import drawn
 from tests.data.small_tokenizer import byte_level
 from tests.inference.tiny_model import tiny_model
+from tests.tiers import tiered
+
+pytestmark = pytest.mark.quickly_compiled
 
 MODEL, TOKENIZER = tiny_model(), byte_level()
 PROMPTS = [[7, 100, 42, 9, 201], [3], [*range(40)], [8, 8]]
@@ -30,8 +35,10 @@ def rows(model=MODEL, prompts=PROMPTS, count=8, seeds=None, **options) -> list[l
     return new
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("cache", ["auto", "int8"])
+@pytest.mark.parametrize(
+    ("sampling", "cache"),
+    tiered(product([Sampling(), WARM], ["auto", "int8"]), [(Sampling(), "int8"), (WARM, "auto")]),
+)
 def test_ragged_rows_are_single_rows(sampling, cache):
     options = {"sampling": sampling, "cache_dtype": cache}
     together = rows(**options)

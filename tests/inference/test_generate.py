@@ -23,6 +23,8 @@ from tests.golden_data import GoldenFile, golden_folder
 from tests.inference.tiny_model import tiny_model
 from tests.trained import trained
 
+pytestmark = pytest.mark.quickly_compiled
+
 MODEL, TOKENIZER = tiny_model(), byte_level()
 PROMPT = [7, 100, 42, 9, 201]
 
@@ -60,13 +62,13 @@ def test_greedy_tokens_are_the_golden_ones(name):
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_greedy_tokens_are_those_of_the_model_without_a_cache(with_adapter):
-    adapter = trained(MODEL, 3, alpha=64) if with_adapter else None
+    adapter = trained(MODEL, 6, alpha=64) if with_adapter else None
     assert tokens(adapter=adapter) == plain_greedy(MODEL, PROMPT, 12, adapter)
     assert len(set(tokens(adapter=adapter))) > 3  # a model that repeats itself shows little
 
 
 def test_an_adapter_changes_the_tokens():
-    assert tokens(adapter=trained(MODEL, 3, alpha=64)) != tokens()
+    assert tokens(adapter=trained(MODEL, 6, alpha=64)) != tokens()
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, 64, 70])

@@ -14,6 +14,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import module_shapes
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.step import gradients
+from tests.tiers import tiered
 from tests.tolerances import PLANNED_TEMPORARIES
 
 BOTH = tuple(jax.memory.Space)
@@ -91,15 +92,17 @@ def micro(rows=1, length=256, rank=8, **changes) -> Micro:
     return Micro(shape, spec, QuantizationConfig(), "bfloat16", rows, length, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "remat"),
-    [
-        (micro(), "none"),
-        (micro(rank=64), "full"),
-        (micro(rows=4, length=128), "none"),
-        (micro(model_type="gemma2", head_dim=32, tie_word_embeddings=True), "none"),
-    ],
+    tiered(
+        [
+            (micro(), "none"),
+            (micro(rank=64), "full"),
+            (micro(rows=4, length=128), "none"),
+            (micro(model_type="gemma2", head_dim=32, tie_word_embeddings=True), "none"),
+        ],
+        [(micro(rank=64), "full")],
+    ),
 )
 def test_a_step_takes_what_xla_says(case, remat):
     params, model, batch, *_ = arguments(case, "off")

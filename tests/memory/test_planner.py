@@ -18,8 +18,10 @@ from qlora_jax.memory.planner import plan
 from qlora_jax.memory.program import kept_bytes, traced
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.train.config import TrainConfig
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SHAPE = ModelConfig.from_dict(
     {
         "model_type": "llama",
@@ -54,20 +56,25 @@ def test_owners_add_up():
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("less", "more"),
-    [
-        ({"max_seq_length": 256}, {"max_seq_length": 1024}),
-        ({"batch_size": 1}, {"batch_size": 4}),
-        ({"lora_r": 4}, {"lora_r": 64}),
-        ({"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_32bit"}),
-        ({"load_in_4bit": True}, {"load_in_4bit": False}),
-        ({"gradient_checkpointing": "full"}, {"gradient_checkpointing": "none"}),
-        ({"gradient_checkpointing": "offload"}, {"gradient_checkpointing": "full"}),
-        ({"stream_weights": "on"}, {"stream_weights": "off"}),
-        ({"optim_memory": "host"}, {"optim_memory": "device"}),
-    ],
+    tiered(
+        [
+            ({"max_seq_length": 256}, {"max_seq_length": 1024}),
+            ({"batch_size": 1}, {"batch_size": 4}),
+            ({"lora_r": 4}, {"lora_r": 64}),
+            ({"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_32bit"}),
+            ({"load_in_4bit": True}, {"load_in_4bit": False}),
+            ({"gradient_checkpointing": "full"}, {"gradient_checkpointing": "none"}),
+            ({"gradient_checkpointing": "offload"}, {"gradient_checkpointing": "full"}),
+            ({"stream_weights": "on"}, {"stream_weights": "off"}),
+            ({"optim_memory": "host"}, {"optim_memory": "device"}),
+        ],
+        [
+            ({"lora_r": 4}, {"lora_r": 64}),
+            ({"gradient_checkpointing": "full"}, {"gradient_checkpointing": "none"}),
+        ],
+    ),
 )
 def test_more_never_needs_less(less, more):
     settings = {"gradient_checkpointing": "full", "stream_weights": "off"}
@@ -76,7 +83,6 @@ def test_more_never_needs_less(less, more):
     )
 
 
-@pytest.mark.slow
 def test_auto_is_the_quickest_way_that_fits():
     largest = planned()
     assert dataclasses.astuple(largest.choices) == ("off", "none", "device", 0)
@@ -100,7 +106,6 @@ def test_what_was_asked_for_is_what_is_planned():
     assert found.estimate.host["activations"] == 40 * 512 * 512 * 2
 
 
-@pytest.mark.slow
 def test_the_bound_names_what_is_busiest():
     found = planned("rtx4090", stream_weights="on", gradient_checkpointing="full")
     assert found.bound.step_seconds == max(found.bound.seconds.values())
@@ -114,7 +119,6 @@ def test_the_bound_names_what_is_busiest():
     assert planned("24GB").bound is None
 
 
-@pytest.mark.slow
 def test_what_fits_nowhere_says_what_would():
     settings = {"gradient_checkpointing": "none", "optim_memory": "device", "lora_r": 64}
     found = planned("100MB", stream_weights="off", **settings)
@@ -150,7 +154,7 @@ def test_no_array_is_made():
     assert sum(array.nbytes for array in new) < 1e6
 
 
-@pytest.mark.parametrize("remat", ["none", "save-attention"])
+@pytest.mark.parametrize("remat", tiered(["none", "save-attention"], ["save-attention"]))
 def test_what_a_layer_keeps_is_in_the_step_of_a_gpu(remat):
     """It is counted without the GPU's kernels, and the whole step with them."""
     found = planned(gradient_checkpointing=remat, stream_weights="off")
@@ -168,8 +172,7 @@ def test_a_length_that_the_model_has_no_positions_for_is_refused():
         planned(max_seq_length=9000)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", tiered(RECIPES, RECIPES[:1]), ids=lambda p: p.name)
 def test_every_recipe_is_planned(path, capsys):
     shapes = [f"model={ROOT / 'configs' / 'shapes' / 'llama3.1-8b'}"]
     known = "shapes/" in path.read_text()

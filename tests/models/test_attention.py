@@ -17,6 +17,8 @@ from qlora_jax.models.scores import PLAIN, Scores
 from tests.randoms import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def plain_attention(q, k, v, segment_ids=None, scores=PLAIN):
     """Attention as the formula says it, with all scores at once."""

@@ -1,3 +1,5 @@
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from qlora_jax.optim.paged_adamw import ADAMW, paged_adamw
 from qlora_jax.optim.schedules import schedule
 from qlora_jax.placement import memory_kind, to_device
 from tests.golden_data import GoldenFile, golden_folder
+from tests.tiers import tiered
 from tests.tolerances import OPTIMIZER_ATOL
 
 LAYERS, STEPS = 6, 12
@@ -45,8 +48,17 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize(("layers", "resident"), [(1, 0), (1, 2), (1, LAYERS), (3, 1), (LAYERS, 0)])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "layers", "resident"),
+    tiered(
+        [
+            (name, *pages)
+            for name in TRANSFORMS
+            for pages in [(1, 0), (1, 2), (1, LAYERS), (3, 1), (LAYERS, 0)]
+        ],
+        [("adamw_schedule", 3, 1), ("adamw8bit_schedule", 1, 2), ("optax_adamw", LAYERS, 0)],
+    ),
+)
 def test_paged_equals_resident_bit_for_bit(name, layers, resident):
     tx, contracts = TRANSFORMS[name]
 
@@ -78,8 +90,10 @@ def test_paged_equals_resident_bit_for_bit(name, layers, resident):
     assert any(np.any(a != b) for a, b in zip(bits(start), bits(plain), strict=True))
 
 
-@pytest.mark.parametrize("bits_of_moments", [8, 32])
-@pytest.mark.parametrize("rows", [LAYERS, LAYERS + 1, 2 * LAYERS, 31])
+@pytest.mark.parametrize(
+    ("rows", "bits_of_moments"),
+    tiered(product([LAYERS, LAYERS + 1, 2 * LAYERS, 31], [8, 32]), [(31, 8), (LAYERS + 1, 32)]),
+)
 def test_a_longer_leaf_is_paged_by_rows(rows, bits_of_moments):
     shapes = SHAPES | {"lm_head": {"weight": (rows, 1111)}}
     start = random_tree(0, 0.1, shapes)
@@ -131,7 +145,7 @@ def test_bytes_of_8_bit_state():
     assert sum(leaf.nbytes for leaf in state) == packed + kept + 4
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", tiered(TRANSFORMS, ["adamw8bit_schedule", "optax_lion"]))
 def test_a_state_is_moved_at_any_step_and_no_number_changes(name):
     tx, contracts = TRANSFORMS[name]
     options = {"elementwise": True, "contracts": contracts, "page_bytes": 1}

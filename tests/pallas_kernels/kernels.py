@@ -51,6 +51,9 @@ class Backend:
     directions: tuple[str, ...] = DIRECTIONS
     fused: bool = True
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def module(self) -> ModuleType:
         return importlib.import_module(f"pallas_kernels.nf4_matmul.{self.name}")

@@ -41,6 +41,9 @@ class Bug:
     rank: int = 0
     times: int = 1
 
+    def __str__(self) -> str:
+        return self.what
+
 
 def verdict(backend: kernels.Backend, case: Bug, module: types.ModuleType) -> str:
     """How a module's kernel fails on a case: `race`, `stall`, `protocol`, `numbers`; or `none`.

@@ -14,13 +14,13 @@ from pallas_kernels.nf4_matmul.weight import LowRank
 from tests.pallas_kernels import kernels, mma_on_cpu
 from tests.pallas_kernels.interpreted import interpreter
 from tests.pallas_kernels.kernels import Shape
+from tests.tiers import tiered
 from tests.tolerances import INTERPRETED_RTOL, ROUNDED_RTOL
 
-pytestmark = pytest.mark.slow
 mma_on_cpu.install()
 
-BACKENDS = [pytest.param(backend, id=backend.name) for backend in kernels.BACKENDS]
-KERNELS = [backend for backend in BACKENDS if backend.values[0].fused]
+BACKENDS = list(kernels.BACKENDS)
+KERNELS = [backend for backend in BACKENDS if backend.fused]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 # (kind, nested, dtype, block size, number of the shape): every pair of two columns' values, but for
@@ -50,16 +50,17 @@ def test_every_backend_is_under_test():
     assert {backend.name for backend in kernels.BACKENDS} == set(api.GPU_BACKENDS)
 
 
+WAYS = [(backend, way) for backend in kernels.BACKENDS for way in backend.directions]
+
+
 @pytest.mark.parametrize(
     ("backend", "direction", "kind", "nested", "dtype", "block_size", "number"),
-    [
-        pytest.param(
-            backend, direction, *case, id="-".join(map(str, (backend.name, direction, *case)))
-        )
-        for backend in kernels.BACKENDS
-        for direction in backend.directions
-        for case in CASES
-    ],
+    tiered(
+        [(*way, *case) for way in WAYS for case in CASES],
+        # Each way once, each shape and kind too.
+        [(*way, *CASES[(2 * number + 1) % len(CASES)]) for number, way in enumerate(WAYS)],
+    ),
+    ids=str,
 )
 def test_close_to_the_oracle(backend, direction, kind, nested, dtype, block_size, number):
     shape = backend.shape(number, direction)
@@ -74,7 +75,7 @@ def test_close_to_the_oracle(backend, direction, kind, nested, dtype, block_size
     assert kernels.error(y, as_rounded) < ROUNDED_RTOL[dtype]
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", tiered(KERNELS, KERNELS[:1]), ids=str)
 def test_one_wrong_block_is_an_error(backend):
     """The bound of the test above is tight enough to see one block's codes in reverse."""
     shape = backend.shape(0, "forward")
@@ -102,7 +103,7 @@ def public(backend, w):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", tiered(BACKENDS, [BACKENDS[3]]), ids=str)
 def test_the_public_call(backend):
     """Leading axes, under jit; gradients are those of the reference; twice the same bits."""
     shape = backend.shape(0, "forward")
@@ -135,14 +136,13 @@ def test_the_public_call(backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "direction"),
-    [
-        pytest.param(backend, direction, id=f"{backend.name}-{direction}")
-        for backend in kernels.BACKENDS
-        for direction in backend.directions
-    ],
+    ("backend", "direction", "number", "rank"),
+    tiered(
+        [(*way, *low) for way in WAYS for low in ((0, 80), (2, 5))],
+        [(*way, 0, 80) for way in WAYS if way[0].fused and way[1] == "forward"],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize(("number", "rank"), [(0, 80), (2, 5)])
 def test_with_a_low_rank_term(backend, direction, number, rank):
     shape = backend.shape(number, direction)
     w, x = kernels.weight(shape, direction), kernels.rows(shape, jnp.bfloat16)
@@ -155,7 +155,7 @@ def test_with_a_low_rank_term(backend, direction, number, rank):
     assert kernels.error(y, exact) < INTERPRETED_RTOL["bfloat16"]
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", tiered(KERNELS, KERNELS[1:2]), ids=str)
 def test_a_batch_is_so_many_rows(backend):
     shape = backend.shape(2, "forward")
     w = kernels.weight(shape, "forward")
@@ -166,7 +166,7 @@ def test_a_batch_is_so_many_rows(backend):
     np.testing.assert_array_equal(batch.reshape(together.shape), together)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", tiered(KERNELS, KERNELS[:1]), ids=str)
 def test_a_batch_of_weights(backend):
     shape = dataclasses.replace(backend.shape(0, "forward"), n=64, contraction=256)
     w = kernels.weight(shape, "forward")
@@ -178,7 +178,7 @@ def test_a_batch_of_weights(backend):
     np.testing.assert_array_equal(batch, jnp.stack(one_by_one))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", KERNELS, ids=str)
 @pytest.mark.parametrize(
     ("change", "dtype", "reason"),
     [
@@ -194,7 +194,7 @@ def test_what_is_refused_and_why(backend, change, dtype, reason):
         jax.eval_shape(backend.run("forward"), kernels.rows(shape, dtype), w)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_without_a_gpu_it_is_refused(backend):
     shape = backend.shape(0, "forward")
     w, x = kernels.weight(shape, "forward"), kernels.rows(shape, jnp.bfloat16)

@@ -4,6 +4,8 @@ A tie is a quotient w / absmax that equals a boundary; it takes the smaller valu
 golden codes are compared without an exception: 0 of their 1,327,104 bytes differ.
 """
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from pallas_kernels.dequantize.api import dequantize_4bit, expand_scales
 from pallas_kernels.quantize.api import BLOCK_SIZES, double_quantize, quantize_4bit
 from pallas_kernels.quantize.reference import mean
 from tests.golden_data import GoldenFile, golden_folder
+from tests.tiers import tiered
 from tests.tolerances import DYNAMIC_GRID_ATOL, HALF_GAP_RTOL, OFFSET_ATOL
 
 FILES = sorted(path.stem for path in golden_folder("nf4").glob("*.npz") if path.stem != "tables")
@@ -190,9 +193,23 @@ def test_values_of_the_codebook_come_back_as_they_are(seed, kind, shape):
     np.testing.assert_array_equal(dense, w)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, bfloat16, np.float16])
-@pytest.mark.parametrize("kind", CODEBOOKS)
-@pytest.mark.parametrize("shape", [(3, 7), (4, 64), (0, 64), (4, 0), (1, 1), (3, 100)])
+@pytest.mark.parametrize(
+    ("shape", "kind", "dtype"),
+    tiered(
+        product(
+            [(3, 7), (4, 64), (0, 64), (4, 0), (1, 1), (3, 100)],
+            CODEBOOKS,
+            [np.float32, bfloat16, np.float16],
+        ),
+        [
+            ((3, 7), "fp4", np.float32),
+            ((4, 64), "nf4", bfloat16),
+            ((0, 64), "int4", np.float32),
+            ((4, 0), "nf4", np.float16),
+            ((3, 100), "nf4", np.float16),
+        ],
+    ),
+)
 def test_edges_stay_finite(shape, kind, dtype):
     info = jnp.finfo(dtype)
     for value in (0, 1, -3, float(info.max), float(info.smallest_subnormal), float(info.tiny)):

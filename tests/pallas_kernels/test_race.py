@@ -18,8 +18,8 @@ from tests.pallas_kernels import (
 )
 from tests.pallas_kernels.interpreted import interpreter
 from tests.pallas_kernels.planted import planted, verdict
+from tests.tiers import tiered
 
-pytestmark = pytest.mark.slow
 mma_on_cpu.install()
 
 BACKENDS = {backend.name: backend for backend in kernels.BACKENDS}
@@ -30,17 +30,19 @@ PLANTED = {
     "small_m": small_m_bugs.BUGS,
 }
 BUGS = [(name, bug) for name, bugs in PLANTED.items() for bug in bugs]
+# Each way to be caught, once a backend: `race`, `stall`, `protocol`, `numbers`.
+QUICK = [*{(name, bug.caught): (name, bug) for name, bug in BUGS if len(bug.caught) == 1}.values()]
 CASES = {(name, bug.shape, bug.direction, bug.rank): bug for name, bug in BUGS}
 
 
-@pytest.mark.parametrize(
-    ("name", "bug"), [pytest.param(name, bug, id=f"{name}: {bug.what}") for name, bug in BUGS]
-)
+@pytest.mark.parametrize(("name", "bug"), tiered(BUGS, QUICK), ids=str)
 def test_caught(name, bug):
     assert verdict(BACKENDS[name], bug, planted(BACKENDS[name], bug)) in bug.caught
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in CASES]
+)
 def test_unbroken_kernels_pass(case):
     backend = BACKENDS[case[0]]
     assert verdict(backend, CASES[case], backend.module) == "none"

@@ -78,7 +78,7 @@ def test_two_kills(run, home, tmp_path, name):
     check_kills(run, home, tmp_path, name, [0.5, 0.95])
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["quantize", "merge", "export hf", "export bnb-4bit", "export peft", "export gguf"]
 )

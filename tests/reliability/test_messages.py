@@ -128,7 +128,7 @@ def test_a_message_has_the_form_that_all_have(code):
     assert not re.search(r"Traceback|object at 0x|<class |Error\(", message)
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 def test_the_messages_are_what_is_said(tmp_path):
     tests = sorted({row["test"] for row in MESSAGES.values()})
     environment = os.environ | {"MESSAGES_OUT": str(tmp_path / "found.json")}

@@ -228,7 +228,7 @@ def test_some_damaged_files(kind, tmp_path, worker_of, record_property):
     assert run(kind, seeds, tmp_path, worker, record_property) == []
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_damaged_files(kind, tmp_path, worker_of, record_property):
     quick, worker = quick_seeds(kind), worker_of(KINDS[kind].loader)

@@ -47,7 +47,7 @@ for path in sys.argv[3:]:
 """
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason=WITHOUT)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_what_is_opened(name, tmp_path, record_property):

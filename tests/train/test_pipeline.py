@@ -1,6 +1,7 @@
 """Layers one by one, from memory and from files: the numbers of the one program, bit for bit."""
 
 import dataclasses
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import GoldenFile, golden_folder
 from tests.models.test_streaming import FAMILIES, adapter, assert_equal, batch
+from tests.tiers import tiered
 from tests.tolerances import FINAL_ADAPTER_ATOL, TRAINING_LOSS_RTOL
 
 
@@ -38,8 +40,10 @@ def in_4bit(name: str, folder, **how):
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("remat", ["full", "offload"])
+@pytest.mark.parametrize(
+    ("family", "remat"),
+    tiered(product(FAMILIES, ["full", "offload"]), [("gemma3", "offload")]),
+)
 def test_gradients_of_every_family(family, remat):
     resident, disk = both(golden_folder("models") / family)
     spec, params = adapter(resident)
@@ -59,8 +63,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+@pytest.mark.parametrize(
+    ("setting", "family"),
+    tiered(
+        product(SETTINGS, ["llama", "llama_tied", "gemma3"]),
+        [("DoRA", "llama"), ("embeddings and head in full", "llama_tied")],
+    ),
+)
 def test_gradients_of_every_kind_of_adapter(setting, family, tmp_path):
     settings = SETTINGS[setting]
     resident, disk = both(in_4bit(f"models/{family}", tmp_path / "4-bit"))
@@ -81,8 +90,13 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    tiered(
+        product(STORED, ["float32", "bfloat16"]),
+        [("a head in 4 bits", "bfloat16")],
+    ),
+)
 def test_every_way_to_be_stored(stored, dtype, tmp_path):
     resident, disk = both(in_4bit("models/llama", tmp_path / "4-bit", **STORED[stored]), dtype)
     spec, params = adapter(resident)
@@ -136,7 +150,7 @@ def test_golden_training(tmp_path):
             np.testing.assert_allclose(params[name][half], pair[half], atol=FINAL_ADAPTER_ATOL)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiered(FAMILIES, ["llama"]))
 def test_perplexity(family):
     resident, disk = both(golden_folder("models") / family)
     windows = np.asarray(batch(resident, rows=5)["input_ids"])

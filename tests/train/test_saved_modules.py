@@ -14,6 +14,8 @@ from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
 from tests.tolerances import SAVED_GRADIENT_ATOL, SAVED_GRADIENT_RTOL, SAVED_LOSS_RTOL
 
+pytestmark = pytest.mark.quickly_compiled
+
 LENGTH = 12
 
 

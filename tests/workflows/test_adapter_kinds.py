@@ -12,6 +12,8 @@ from qlora_jax.workflows.training import open_run
 from tests.tolerances import NEW_ADAPTER_ATOL
 from tests.workflows.runs import assert_same, quiet, trainer
 
+pytestmark = pytest.mark.quickly_compiled
+
 KINDS = {
     "dora": {"use_dora": True},
     "lm_head": {"modules_to_save": ["lm_head"]},

@@ -12,7 +12,6 @@ from qlora_jax.errors import InputError
 from qlora_jax.evaluation.perplexity import perplexity
 from qlora_jax.workflows import fit_weights as module
 from qlora_jax.workflows.fit_weights import Loss, fit_weights, halves
-from tests.randoms import normal
 from tests.tolerances import FITTED_LOSS_ATOL, FITTED_WEIGHT_ATOL, SLOPE_RTOL
 from tests.trained import trained
 
@@ -26,7 +25,7 @@ def moved(base, seed: int, **settings) -> Adapter:
     """A small adapter whose B is not zero."""
     fresh = init_lora(base, alpha=8, key=jax.random.key(seed), **settings)
     params = {
-        name: {**pair, "B": normal(seed, *pair["B"].shape) / 8}
+        name: {**pair, "B": jax.random.normal(jax.random.key(seed), pair["B"].shape) / 8}
         for name, pair in fresh.params.items()
     }
     return Adapter(params, fresh.spec)

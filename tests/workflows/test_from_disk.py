@@ -20,6 +20,7 @@ from qlora_jax.workflows.convert import quantize_checkpoint
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import open_source
 from tests.reliability import clean
+from tests.tiers import tiered
 from tests.workflows.runs import assert_same_run, trainer, write_rows
 
 RUN = {"max_steps": 4, "save_steps": 1, "gradient_checkpointing": "full", "save_total_limit": None}
@@ -36,7 +37,11 @@ def home_4bit(home, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"lora_dropout": 0.3, "val_size": 0.3, "eval_steps": 2}, {"use_dora": True}]
+    "extra",
+    tiered(
+        [{}, {"lora_dropout": 0.3, "val_size": 0.3, "eval_steps": 2}, {"use_dora": True}],
+        [{"lora_dropout": 0.3, "val_size": 0.3, "eval_steps": 2}],
+    ),
 )
 def test_a_run_is_the_same(home_4bit, tmp_path, extra):
     trainer(home_4bit, tmp_path / "resident", **RUN, **extra).fit()
@@ -103,6 +108,7 @@ def test_a_4_bit_model_is_what_was_asked_for(home_4bit, tmp_path):
     assert caught.value.code == "W4-REQUANTIZE"
 
 
+@pytest.mark.slow
 def test_a_dense_model_stays_dense(home, tmp_path):
     trainer(home, tmp_path / "resident", **RUN, load_in_4bit=False).fit()
     trainer(home, tmp_path / "disk", **DISK, load_in_4bit=False).fit()

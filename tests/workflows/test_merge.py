@@ -16,6 +16,8 @@ from tests.golden_data import golden_folder
 from tests.tolerances import LOGITS_ATOL
 from tests.trained import opened, trained
 
+pytestmark = pytest.mark.quickly_compiled
+
 ALL = {"use_dora": True, "modules_to_save": ["lm_head", "embed_tokens"]}
 TIED = {"lm_head": {"modules_to_save": ["lm_head"]}, "embed": {"modules_to_save": ["embed_tokens"]}}
 IDS = np.arange(48, dtype=np.int32).reshape(2, 24)

@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from itertools import product
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from qlora_jax import process
 from qlora_jax.errors import DoesNotFit
 from qlora_jax.workflows import room, trainer, training
+from tests.tiers import tiered
 from tests.workflows.runs import assert_same_run, batches_of, config, rows_of
 from tests.workflows.runs import trainer as opened
 
@@ -161,8 +163,10 @@ def test_a_larger_batch_that_comes_later_runs_once_more(home, tmp_path):
     assert len(rows_of(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("stream_weights", ["on", "all"])
-@pytest.mark.parametrize("policy", ["full", "offload"])
+@pytest.mark.parametrize(
+    ("stream_weights", "policy"),
+    tiered(product(["on", "all"], ["full", "offload"]), [("on", "offload")]),
+)
 def test_a_run_with_weights_in_host_memory(home, tmp_path, stream_weights, policy):
     settings = {"max_steps": 3, "save_steps": 3}
     opened(home, tmp_path / "one", gradient_checkpointing="full", **settings).fit()

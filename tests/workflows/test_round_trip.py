@@ -18,6 +18,7 @@ from qlora_jax.workflows.describe import describe
 from qlora_jax.workflows.open import load_model, open_source
 from tests.cli.converted import filled
 from tests.golden_data import GOLDEN, golden_folder
+from tests.tiers import tiered
 from tests.tolerances import MERGED_LOGITS_RELATIVE
 
 FAMILIES = sorted(path.name for path in (GOLDEN / "models").iterdir() if path.is_dir())
@@ -60,8 +61,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=bound(expected))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize(("family", "kind"), tiered(CASES, [("gemma2", "lora"), ("phi3", "dora")]))
 def test_merged_answers_as_base_and_adapter(family, kind, tmp_path, capsys):
     source = golden_folder(f"models/{family}")
     packed, adapter, merged = (tmp_path / name for name in ("packed", "adapter", "merged"))
@@ -87,7 +87,7 @@ def test_merged_answers_as_base_and_adapter(family, kind, tmp_path, capsys):
     assert describe(merged).targets == describe(source).targets
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiered(FAMILIES, ["phi3"]))
 def test_4_bits_stay_as_they_are(family, tmp_path):
     """To 4 bits, to 4 bits again, and to a dense folder: the same codes, the same numbers."""
     packed, again, folder = (tmp_path / name for name in ("packed", "again", "dense"))
