@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qlora_jax import process
+from qlora_jax.cli.compile_cache import use_compile_cache
 from qlora_jax.errors import (
     FULL,
     DoesNotFit,
@@ -139,7 +140,9 @@ def dispatch(argv: list[str]) -> int:
     )
     command.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    code = command.run(parser.parse_intermixed_args(rest))
+    args = parser.parse_intermixed_args(rest)
+    use_compile_cache()
+    code = command.run(args)
     sys.stdout.flush()
     return code or 0
 

@@ -55,6 +55,12 @@ def rows(trainer: "Trainer") -> Iterator[tuple[str, str]]:
         yield "attention", attention(trainer)
 
 
+def compiling() -> str:
+    """What is waited for before the first row."""
+    kept = jax.config.jax_compilation_cache_dir
+    return f"{'compiling':<10} (once{f'; programs are kept in {kept}' if kept else ''})"
+
+
 def described(model: Decoder | LayerwiseDecoder) -> str:
     """Family, layers, parameters, and bytes and bits per parameter as loaded."""
     count, nbytes = size(model)

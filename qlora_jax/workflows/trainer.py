@@ -37,7 +37,7 @@ from qlora_jax.train.step import Sums, accumulate, finish
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.batches import BatchSource, real_tokens
 from qlora_jax.workflows.below import Below, refuse_kinds
-from qlora_jax.workflows.header import header
+from qlora_jax.workflows.header import compiling, header
 from qlora_jax.workflows.hub import repository
 from qlora_jax.workflows.recorder import Recorder
 from qlora_jax.workflows.room import explained, laid_out_for, refuse_too_large
@@ -193,6 +193,7 @@ class Trainer:
         folder.write_start(self.config.to_yaml())
         recorder = Recorder(folder.path, self.config, self.total_steps, state.counters, self.tell)
         self.on_step(state.counters.step, self.total_steps)
+        self.tell(compiling())
         if (largest := self.batches.largest()) is not None:
             self.make_room(state, largest)
         for group in self.groups(state.counters):
