@@ -106,5 +106,5 @@ $(OLDEST_STAMP): pyproject.toml
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP)
-	@$(OLDEST_VENV)/bin/python -m pytest --quiet $(addprefix tests/pallas_kernels/test_, \
+	@$(OLDEST_VENV)/bin/python -m pytest --quiet -m "not gpu" $(addprefix tests/pallas_kernels/test_, \
 	  interpret.py race.py ptx.py layout.py cross_entropy_by_blocks.py)

@@ -1,0 +1,23 @@
+"""Faults in the core are caught by the quick tier: a sample of them, and the list is whole."""
+
+from random import Random
+
+import pytest
+
+from tests.faults.plant import ROOT, caught, faults, planted
+
+FAULTS = faults()
+SAMPLE = Random(0).sample([fault for fault in FAULTS if fault.test], 4)
+
+
+def test_every_fault_can_be_planted():
+    for fault in FAULTS:
+        source = (ROOT / fault.file).read_text()
+        compile(planted(source, fault), fault.file, "exec")
+        assert (ROOT / fault.test).exists(), fault
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", SAMPLE, ids=str)
+def test_caught(fault):
+    assert caught(fault, [fault.test])
