@@ -115,7 +115,7 @@ def gradients(micro: Micro, remat: str) -> Callable[..., Any]:
     return program
 
 
-@functools.lru_cache(maxsize=8)  # a run is planned before its model is read, and once more behind
+@functools.lru_cache(maxsize=8)  # a run is planned before and after its model is read
 def traced(micro: Micro, stream_weights: str, remat: str) -> core.ClosedJaxpr:
     """The gradients of train/step.py; nothing is compiled or allocated.
 
