@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import tests.typechecker  # noqa: F401  # by name, for jaxtyping: see pyproject.toml
-from tests.books import Books
+from tests.budget import Budget
 
 MAPPINGS = 15_000  # of memory; a module of tests adds 10,000 at the most
 
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = Path(__file__).parent.parent / ".cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    config.pluginmanager.register(Books(config))
+    config.pluginmanager.register(Budget(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
-from tests.randoms import normals_like
+from tests.random_arrays import normals_like
 
 
 def opened(name: str, kind: str = "nf4", double_quant: bool = True, head=False) -> Decoder:

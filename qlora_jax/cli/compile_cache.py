@@ -21,18 +21,24 @@ def use_compile_cache() -> None:
     """Sets the cache up for this process and its children, where nobody has done so."""
     if FOLDER in os.environ or "jax" in sys.modules:
         return
-    folder = user_folder()
     try:
+        folder = user_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
-    except OSError:  # no home, or none that can be written: programs are compiled each time
+        if SIZE not in os.environ:
+            remove_unfinished(folder)
+    except (OSError, RuntimeError):  # no home, or none that can be written: compiled each time
         return
-    os.environ[FOLDER], os.environ[SIZE] = str(folder), str(BYTES)
+    os.environ[FOLDER] = str(folder)
+    os.environ.setdefault(SIZE, str(BYTES))
     os.environ.setdefault(SHORTEST, str(SECONDS))
 
 
 def user_folder() -> Path:
-    """Where this user's programs are kept."""
+    """Where this user's programs are kept.
+
+    Raises:
+      RuntimeError: the user has no home.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(home) / "qlora_jax" / "compiled"
 
@@ -40,7 +46,7 @@ def user_folder() -> Path:
 def remove_unfinished(folder: Path) -> None:
     """Removes programs that a killed process wrote in part: JAX would warn of each, every time.
 
-    JAX writes NAME-cache and then NAME-atime, both under one lock.
+    JAX writes NAME-cache and then, where the size is bounded, NAME-atime, both under one lock.
 
     Raises:
       OSError: the folder cannot be written.

@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         adapter = self.own_rows(adapter, adapter_index, len(input_ids))
         segment_ids = attention_mask if segment_ids is None else segment_ids
         ids = map(as_array, (input_ids, positions, segment_ids))
-        return answered(self, *ids, adapter, cache, dropout_key)
+        return forward(self, *ids, adapter, cache, dropout_key)
 
     def logits(self, x: Float[Array, "*rows D"], adapter: AnyAdapter = None) -> Array:
         """Logits (*rows, V) float32 of the states behind the final norm."""
@@ -258,7 +258,7 @@ class Decoder(nnx.Module):
 
 
 @jax.jit  # or each call outside of one would compile its scan again
-def answered(
+def forward(
     model: Decoder,
     input_ids: Int[Array, "B S"],
     positions: Int[Array, "B S"] | None,
@@ -267,7 +267,7 @@ def answered(
     cache: KVCache | None,
     dropout_key: Array | None,
 ):
-    """What a call of the model gives."""
+    """A call of the model, compiled once a shape."""
     x, cache = model.run(input_ids, positions, segment_ids, adapter, cache, dropout_key)
     logits = model.logits(x, adapter)
     return logits if cache is None else (logits, cache)

@@ -54,9 +54,24 @@ class AdamWState(NamedTuple):
     v: Any
 
 
-@functools.cache  # equal settings are one transform, whose programs all optimizers share
+def shared(make: Callable) -> Callable:
+    """`make`, called once for equal arguments; again each time for what has no hash, an array."""
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def made(*args: Any, **options: Any) -> Any:
+        try:
+            hash((args, *options.values()))
+        except TypeError:
+            return make(*args, **options)
+        return cached(*args, **options)
+
+    return made
+
+
+@shared  # programs are compiled for a transform: optimizers of equal settings share them
 def adamw(
-    learning_rate: float | optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     b1: float = 0.9,
     b2: float = 0.999,

@@ -38,7 +38,7 @@ class Moment8(NamedTuple):
 
 
 def adamw8bit(
-    learning_rate: float | optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     b1: float = 0.9,
     b2: float = 0.999,

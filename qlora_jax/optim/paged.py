@@ -114,9 +114,10 @@ class Paged:
         """The state before the first step: `tx`'s own, or a tuple of them, one a page."""
         if self.memory == "device":
             return init_all(params, tx=self.tx)
-        pages = {"tx": self.tx, "count": self.pages(params), "layers": layer_count(params)}
+        count, layers = self.pages(params), layer_count(params)
         return tuple(
-            self.home(page, init_page(params, page, **pages)) for page in range(pages["count"])
+            self.home(page, init_page(params, page, tx=self.tx, count=count, layers=layers))
+            for page in range(count)
         )
 
     def apply(self, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
@@ -204,9 +205,9 @@ class Paged:
         """`whole` undone: the state where this optimizer keeps it."""
         if self.memory == "device":
             return put(whole, DEVICE)
-        pages = {"tx": self.tx, "count": self.pages(params), "layers": layer_count(params)}
-        like = jax.eval_shape(functools.partial(init_page, **pages), params, 0)
-        pages = parted(whole, like, pages["count"])
+        count, layers = self.pages(params), layer_count(params)
+        one = functools.partial(init_page, tx=self.tx, count=count, layers=layers)
+        pages = parted(whole, jax.eval_shape(one, params, 0), count)
         return tuple(self.home(page, own) for page, own in enumerate(pages))
 
     def fetched(self, state: tuple, page: int) -> Any:

@@ -11,7 +11,7 @@ ADAMW = {8: adamw8bit, 32: adamw}  # by the bits of a moment
 
 
 def paged_adamw(
-    learning_rate: float | optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     b1: float = 0.9,
     b2: float = 0.999,

@@ -12,7 +12,7 @@ from qlora_jax.adapters.spec import make_spec
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import quantize
 from tests.adapters.small_model import SmallModel
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import ROW_LENGTH_RTOL
 
 KEY = jax.random.key(7)

@@ -16,7 +16,7 @@ from qlora_jax.models import linear
 from qlora_jax.models.linear import Branch, Linear
 from qlora_jax.quantization.tensor import quantize
 from tests.golden_data import GoldenFile
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import ROW_LENGTH_BY_SUMS_RTOL, ROW_LENGTH_RTOL, VJP_ATOL, VJP_RTOL
 
 SCALE = jnp.float32(1.5)

@@ -11,7 +11,7 @@ from qlora_jax.adapters.merge import merge_weight, merged_config, merged_weights
 from qlora_jax.errors import InputError
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
 from tests.adapters.small_model import SHAPES, SmallModel
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import MERGE_ATOL, MERGE_RTOL
 
 LAYERS = 3

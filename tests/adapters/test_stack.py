@@ -11,7 +11,7 @@ from qlora_jax.errors import InputError, NonFinite
 from qlora_jax.evaluation import perplexity
 from qlora_jax.inference.decode import generate_batch, generate_tokens
 from tests.inference.tiny_model import tiny_model
-from tests.randoms import normals_like
+from tests.random_arrays import normals_like
 from tests.tolerances import ROW_ADAPTER_ATOL
 
 MODEL = tiny_model()

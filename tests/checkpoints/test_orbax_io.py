@@ -25,7 +25,7 @@ from qlora_jax.errors import InputError, StorageError
 from qlora_jax.optim.paged_adamw import paged_adamw
 from qlora_jax.placement import memory_kind, to_device
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize
-from tests.randoms import normal
+from tests.random_arrays import normal
 
 DTYPES = ["float32", "float16", "bfloat16", "int32", "uint8", "int8", "uint32", "bool"]
 

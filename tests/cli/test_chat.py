@@ -16,7 +16,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.errors import InputError
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.open import load
-from tests.randoms import normals_like
+from tests.random_arrays import normals_like
 from tests.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.quickly_compiled

@@ -83,6 +83,7 @@ def test_train_says_what_it_does(home):
     assert "% filled" in said["data"]
     assert "4 steps of 1 rows" in said["step"]
     assert "nf4_matmul by cpu" in said["backend"]
+    assert said["compiling"].startswith("\n(once")
     assert {"devices", "optimizer", "remat", "dtype"} <= said.keys()
     assert sum(line.startswith("step ") and "loss" in line for line in lines) == 4
     assert lines[-1].startswith("done ")

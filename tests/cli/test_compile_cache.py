@@ -29,9 +29,13 @@ def test_it_is_in_the_users_folder_and_bounded(environment, tmp_path):
 
 
 def test_what_the_user_has_set_stays(environment, tmp_path):
-    environment[SHORTEST] = "5"
+    environment |= {SHORTEST: "5", SIZE: "-1"}
+    kept = tmp_path / "cache" / "qlora_jax" / "compiled" / "unbounded-cache"
+    kept.parent.mkdir(parents=True)
+    kept.touch()  # without a size JAX writes no NAME-atime
     use_compile_cache()
-    assert environment[SHORTEST] == "5"
+    assert (environment[SHORTEST], environment[SIZE]) == ("5", "-1")
+    assert kept.exists()
     elsewhere = {FOLDER: str(tmp_path / "mine")}
     environment.clear()
     environment.update(elsewhere)
@@ -46,10 +50,18 @@ def test_a_process_that_uses_jax_already_is_left_alone(environment, monkeypatch)
     assert environment == before
 
 
-def test_a_home_that_cannot_be_written_has_no_cache(environment, tmp_path):
+def test_without_a_home_that_can_be_written_there_is_no_cache(environment, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     use_compile_cache()
     assert FOLDER not in environment
+
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    environment.clear()
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    use_compile_cache()
+    assert environment == {}
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

@@ -21,8 +21,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("faults.json")
-COPIED = ("pallas_kernels", "qlora_jax", "tests", "configs", "benchmarks", "notebooks", "docs")
-FILES = ("pyproject.toml", "README.md", "Makefile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +54,17 @@ def planted(source: str, fault: Fault) -> str:
     return source.replace(fault.old, fault.new)
 
 
-def caught(fault: Fault, tests: list[str]) -> bool:
-    """Whether a test of the quick tier among `tests` fails with the fault in the source.
+def fails(tests: list[str], fault: Fault | None = None) -> bool:
+    """Whether a test of the quick tier among `tests` fails with the fault in the source, if any.
 
     Raises:
       RuntimeError: the tests could not be run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name in COPIED:
-            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__py*"))
-        for name in FILES:
-            shutil.copy(ROOT / name, folder)
-        path = Path(folder, fault.file)
-        path.write_text(planted(path.read_text(), fault))
+        copy_tree(Path(folder))
+        if fault is not None:
+            path = Path(folder, fault.file)
+            path.write_text(planted(path.read_text(), fault))
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
             cwd=folder,
@@ -79,6 +75,15 @@ def caught(fault: Fault, tests: list[str]) -> bool:
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{fault}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}")
     return done.returncode == 1
+
+
+def copy_tree(target: Path) -> None:
+    """All that git does not ignore."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
 
 
 def cache() -> str:
@@ -96,7 +101,7 @@ def main() -> int:
     known = [number for number, fault in enumerate(rows) if fault.test]
     for number in args.number or known:
         fault = rows[number]
-        found = caught(fault, ["-n", "2"] if args.everywhere or not fault.test else [fault.test])
+        found = fails(["-n", "2"] if args.everywhere or not fault.test else [fault.test], fault)
         missed += not found
         print(f"{'caught' if found else 'MISSED'}  {number:3}  {fault}", flush=True)
     print(f"{missed} missed")

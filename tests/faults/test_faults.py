@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from tests.faults.plant import ROOT, caught, faults, planted
+from tests.faults.plant import ROOT, fails, faults, planted
 
 FAULTS = faults()
 SAMPLE = Random(0).sample([fault for fault in FAULTS if fault.test], 4)
@@ -20,4 +20,9 @@ def test_every_fault_can_be_planted():
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", SAMPLE, ids=str)
 def test_caught(fault):
-    assert caught(fault, [fault.test])
+    assert fails([fault.test], fault)
+
+
+@pytest.mark.slow
+def test_nothing_fails_without_a_fault():
+    assert not fails([fault.test for fault in SAMPLE])

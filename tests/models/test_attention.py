@@ -14,7 +14,7 @@ from qlora_jax.models.cache import Stored
 from qlora_jax.models.chunked_attention import Form, bands
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.scores import PLAIN, Scores
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 pytestmark = pytest.mark.quickly_compiled

@@ -13,7 +13,7 @@ from qlora_jax.models import Decoder, KVCache, linear
 from qlora_jax.models.cache import encoded
 from tests.golden_data import GOLDEN, GoldenFile
 from tests.models.test_golden_models import FOLDERS, decoder
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tiers import tiered
 from tests.tolerances import BFLOAT16_RTOL, CACHED_ATOL, INT8_CACHE_ATOL
 

@@ -6,6 +6,7 @@ import pytest
 from qlora_jax.checkpoints.load import load_weights
 from qlora_jax.checkpoints.shards import Shards
 from qlora_jax.models import Decoder, KVCache, ModelConfig
+from qlora_jax.models.decoder import forward
 from qlora_jax.train.loss import loss_fn
 from tests.golden_data import GOLDEN, GoldenFile
 from tests.tolerances import LOGITS_ATOL, LOSS_ATOL
@@ -60,6 +61,16 @@ def test_a_window_that_hides_nothing_costs_nothing(name):
     np.testing.assert_array_equal(wide, whole)
     assert np.abs(narrow - wide)[:, -1].max() > LOGITS_ATOL
     np.testing.assert_allclose(narrow[:, :-1], wide[:, :-1], atol=LOGITS_ATOL)
+
+
+def test_a_call_outside_of_jit_compiles_once_a_shape():
+    model, ids = decoder("llama"), np.arange(26, dtype=np.int32)[None]
+    first = model(ids)
+    before = forward._cache_size()
+    assert np.any(model(ids + 1) != first)
+    assert forward._cache_size() == before
+    model(ids[:, :13])
+    assert forward._cache_size() == before + 1
 
 
 def test_padding_on_the_right_does_not_reach_a_cache():

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.lora_matmul.delta import lora_delta, plain_lora_delta
 from qlora_jax.models.mlp import ACTIVATIONS, gated, plain_gated
 from qlora_jax.models.norms import plain_rms_norm, rms_norm
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 pytestmark = pytest.mark.quickly_compiled

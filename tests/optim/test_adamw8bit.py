@@ -18,7 +18,7 @@ from qlora_jax.optim.adamw8bit import (
     table_of,
     unpacked,
 )
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import DYNAMIC_GRID_ATOL
 
 SIZE = SMALLEST + 5  # of a layer; the last block has 5 numbers

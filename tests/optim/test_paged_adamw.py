@@ -200,6 +200,29 @@ def test_a_step_takes_params_over_leaves_grads_and_is_traced_once(memory):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("memory", ["host", "device"])
+def test_optimizers_of_equal_settings_share_their_programs(memory):
+    def programs():
+        return paged.update_all._cache_size() + paged.update_rows._cache_size()
+
+    counts = []
+    for rate in (3e-3, 3e-3, 4e-3):
+        optimizer = paged_adamw(schedule("cosine", rate, STEPS, 0.2), memory=memory)
+        params = random_tree(0)
+        optimizer.apply(params, random_tree(1), optimizer.init(params))
+        counts.append(programs())
+    assert counts[0] == counts[1] == counts[2] - 1
+
+
+def test_a_learning_rate_may_be_an_array():
+    """Which has no hash: its transform is its own."""
+    found = []
+    for rate in (1e-3, jnp.float32(1e-3)):
+        optimizer, params = paged_adamw(rate), random_tree(0)
+        found.append(optimizer.apply(params, random_tree(1), optimizer.init(params))[0])
+    assert_same_bits(*found)
+
+
 def test_host_memory_is_refused_for_a_transform_not_declared_elementwise():
     clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     with pytest.raises(InputError, match=r"OPT-ELEMENTWISE.*elementwise=True.*optim_memory=device"):

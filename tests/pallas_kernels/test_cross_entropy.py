@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import gpu
 from pallas_kernels.cross_entropy import api, reference
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 

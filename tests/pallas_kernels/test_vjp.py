@@ -9,7 +9,7 @@ from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.vjp import frozen_matmul
 from pallas_kernels.nf4_matmul.weight import Weight
 from pallas_kernels.quantize.api import quantize_4bit
-from tests.randoms import normal
+from tests.random_arrays import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 OUT, IN = 24, 64

@@ -1,4 +1,4 @@
-"""What the tests cost: the slowest files are printed, and a file of the quick tier has a budget.
+"""The time of each file of tests: the slowest are printed, and the quick tier has a budget a file.
 
 Seconds of a file are the lesser of the clock's and of the CPU time of its process and children: a
 busy machine slows the clock and not the CPU, and several threads use more CPU than the clock shows.
@@ -16,7 +16,7 @@ SHOWN = 10
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-class Books:
+class Budget:
     """The seconds of each file; of a worker they travel to the process that prints them."""
 
     def __init__(self, config: pytest.Config):
