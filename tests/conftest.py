@@ -1,5 +1,6 @@
 """What every test runs with: the CPU, a warm compile cache, few and repeatable random examples."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -35,24 +36,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is compiled alike runs one after the other."""
-    items.sort(key=is_quickly_compiled)
+    items.sort(key=is_fully_compiled, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Programs of one kind of compilation are never taken for the other's."""
+    """The quick tier compiles with few optimizations, which takes half as long.
+
+    Programs of one kind of compilation are never taken for the other's.
+    """
     import jax
 
     quick_tier = "not slow" in item.config.option.markexpr
-    wanted = quick_tier and is_quickly_compiled(item)
+    wanted = quick_tier and not is_fully_compiled(item)
     if jax.config.read("jax_disable_most_optimizations") != wanted:
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", wanted)
 
 
-def is_quickly_compiled(item: pytest.Item) -> bool:
-    """Whether a test says that its programs need few optimizations."""
-    return item.get_closest_marker("quickly_compiled") is not None
+def is_fully_compiled(item: pytest.Item) -> bool:
+    """Whether a test says that it compares bits."""
+    return item.get_closest_marker("fully_compiled") is not None
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,8 +11,6 @@ from nbclient import NotebookClient
 from qlora_jax.cli.main import main
 from tests.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.quickly_compiled
-
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 

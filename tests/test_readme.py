@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from qlora_jax.cli.main import main
 from tests.tiny_model import write_tiny_model
@@ -39,7 +38,6 @@ def commands() -> list[list[str]]:
     return [line.split("#")[0].replace("MODEL", "tiny").split()[1:] for line in lines]
 
 
-@pytest.mark.quickly_compiled
 def test_readmes_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_tiny_model(tmp_path / "tiny")

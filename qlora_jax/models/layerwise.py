@@ -67,7 +67,7 @@ class LayersInHost:
         self.packing = Packing.of(model.config, one, packed[0].layout if packed else "bnb")
         leaves = jax.tree.leaves(whole)
         self.each = [
-            to_host(self.packed([leaf[layer] for leaf in leaves]))
+            to_host(self.packed([np.asarray(leaf[layer]) for leaf in leaves]))
             for layer in range(model.config.num_hidden_layers)
         ]
 

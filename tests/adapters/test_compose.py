@@ -13,6 +13,7 @@ from hypothesis import given
 from qlora_jax.adapters.adapter import Adapter, param_shapes
 from qlora_jax.adapters.compose import compose
 from qlora_jax.adapters.method import METHODS
+from qlora_jax.adapters.parts import row_owners
 from qlora_jax.adapters.spec import make_spec
 from qlora_jax.checkpoints.peft import read_adapter, save_adapter
 from qlora_jax.errors import InputError
@@ -360,3 +361,11 @@ def test_ranks_that_add_up_to_too_much_are_refused(monkeypatch):
     monkeypatch.setattr("qlora_jax.adapters.composable.MAX_RANK", 3)
     with pytest.raises(InputError, match=r"COMPOSE-RANK.* add up to 4 .*at most 3.*method svd"):
         compose({"a": LORA, "b": LORA}, TWO)
+
+
+def test_rows_belong_to_the_adapter_that_they_come_from():
+    a = trained(0, r=2, targets=["q_proj"])
+    rising = {"layers.1.self_attn.q_proj": 3, "layers.2.self_attn.q_proj": 2}
+    b = trained(1, r=1, targets=["q_proj"], rank_pattern=rising)
+    owners = row_owners({"a": a, "b": b})["self_attn.q_proj"]
+    np.testing.assert_array_equal(owners, [[0, 0, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 0]])

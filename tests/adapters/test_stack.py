@@ -12,6 +12,7 @@ from qlora_jax.evaluation import perplexity
 from qlora_jax.inference.decode import generate_batch, generate_tokens
 from tests.inference.tiny_model import tiny_model
 from tests.random_arrays import normals_like
+from tests.tiers import tiered
 from tests.tolerances import ROW_ADAPTER_ATOL
 
 MODEL = tiny_model()
@@ -72,7 +73,7 @@ def test_a_gradient_goes_to_the_rows_own_adapter():
     def loss(stack):
         return MODEL(IDS, adapter=stack, adapter_index=[0, 2, 2, -1]).sum()
 
-    found = jax.grad(loss, allow_int=True)(STACK).params["self_attn.q_proj"]["A"]
+    found = jax.jit(jax.grad(loss, allow_int=True))(STACK).params["self_attn.q_proj"]["A"]
     moved = np.abs(found).max((0, 2, 3)) > 0
     assert moved.tolist() == [True, False, True, False]
 
@@ -93,8 +94,7 @@ def test_rows_read_nothing_of_adapters_that_they_do_not_use():
     np.testing.assert_array_equal(found, MODEL(IDS[:2], adapter=many, adapter_index=[8, 0]))
 
 
-@pytest.mark.quickly_compiled
-@pytest.mark.parametrize("weights", ["packed", "dense"])
+@pytest.mark.parametrize("weights", tiered(["packed", "dense"], ["dense"]))
 def test_generated_rows_are_those_of_each_adapter_alone(weights):
     prompts = [[5, 6, 7], [9], list(range(20, 40)), [1, 2]]
     options = {"max_new_tokens": 8, "decode_weights": weights}
@@ -111,7 +111,6 @@ def test_generated_rows_are_those_of_each_adapter_alone(weights):
     assert len({tuple(row) for row in new}) == 4
 
 
-@pytest.mark.quickly_compiled
 def test_perplexity_by_adapter():
     data = np.tile(IDS[:1], (3, 1))
     alone = [perplexity(MODEL, data[:1], adapter=ADAPTERS.get(n)).mean_nll for n in ("all", "base")]

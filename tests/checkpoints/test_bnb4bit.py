@@ -22,6 +22,8 @@ from qlora_jax.quantization.tensor import QuantizedTensor
 from tests.checkpoints.bad_quant_states import BAD, NAME, edited, stored_as
 from tests.golden_data import GoldenFile, golden_folder
 
+pytestmark = pytest.mark.fully_compiled
+
 STACKED = "model.layers.mlp.up_proj.weight"
 
 

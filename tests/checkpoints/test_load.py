@@ -1,6 +1,5 @@
 """Weights come out stacked, cast and quantized as asked; what does not fit is refused by name."""
 
-import gc
 import json
 import shutil
 import weakref
@@ -119,7 +118,6 @@ def test_dense_tensors_do_not_pile_up():
             self.given, self.most = [], 0
 
         def read(self, name):
-            gc.collect()
             self.most = max(self.most, sum(given() is not None for given in self.given))
             array = super().read(name)
             if len(self.shape(name)) == 2 and "layers" in name:

@@ -19,8 +19,6 @@ from qlora_jax.workflows.open import load
 from tests.random_arrays import normals_like
 from tests.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.quickly_compiled
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

@@ -19,6 +19,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.describe import describe
 from qlora_jax.workflows.open import load
+from tests.tiers import tiered
 from tests.tiny_model import write_tiny_model
 
 ROWS = [("What is two and two?", "Four."), ("And three?", "Five, then."), ("Again?", "No.")]
@@ -199,7 +200,7 @@ def test_generate(at_home, capsys, monkeypatch):
     assert capsys.readouterr().out != chat
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", tiered(["float32", "bfloat16"], ["float32"]))
 def test_merge(at_home, capsys, dtype):
     out = at_home / "merged"
     assert main(["merge", "run", str(out), "--model", "model", "--dtype", dtype]) == 0

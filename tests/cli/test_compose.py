@@ -21,8 +21,6 @@ from qlora_jax.workflows.open import load
 from tests.tiny_model import write_tiny_model
 from tests.trained import trained
 
-pytestmark = pytest.mark.quickly_compiled
-
 TENSORS = "adapter_model.safetensors"
 
 

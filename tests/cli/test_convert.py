@@ -57,6 +57,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["model", "model-4bit"])
 def test_merge_keeps_the_bases_dtype(at_home, base):
     out, shown = at_home(f"merge run {{out}} --model {base}")

@@ -16,6 +16,8 @@ from qlora_jax.quantization.policy import QuantizationConfig
 from tests.golden_data import GoldenFile, golden_folder, read_arrays
 from tests.tolerances import SMOLLM2_LOGITS_ATOL, SMOLLM2_NLL_ATOL, SMOLLM2_PERPLEXITY_ATOL
 
+pytestmark = pytest.mark.fully_compiled  # what is computed takes longer than to compile it
+
 CODED = ("nf4", "fp4", "int4")
 
 
@@ -43,7 +45,7 @@ def smollm2(kind: str) -> Decoder:
 def test_negative_log_likelihood(kind):
     folder = golden_folder("smollm2")
     windows = read_arrays(folder / "windows.npy")["windows"]
-    result = perplexity(smollm2(kind), windows)
+    result = perplexity(smollm2(kind), windows, batch_size=2)
     part = {f"{kind}.{name}" for name in ("mean_nll", "perplexity", "targets")}
     with GoldenFile(folder / "perplexity.json", part=part) as golden:
         golden.compare(f"{kind}.mean_nll", result.mean_nll, atol=SMOLLM2_NLL_ATOL)

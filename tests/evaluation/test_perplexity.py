@@ -15,8 +15,6 @@ from tests.data.small_tokenizer import byte_level
 from tests.inference.tiny_model import tiny_model
 from tests.tolerances import MEAN_NLL_RTOL
 
-pytestmark = pytest.mark.quickly_compiled
-
 MODEL = tiny_model()
 WINDOWS = np.random.default_rng(0).integers(0, 265, (5, 12)).astype(np.int32)
 

@@ -23,8 +23,6 @@ from tests.golden_data import GoldenFile, golden_folder
 from tests.inference.tiny_model import tiny_model
 from tests.trained import trained
 
-pytestmark = pytest.mark.quickly_compiled
-
 MODEL, TOKENIZER = tiny_model(), byte_level()
 PROMPT = [7, 100, 42, 9, 201]
 

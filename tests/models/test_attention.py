@@ -1,6 +1,7 @@
 """Attention: both forms of the blocks against autodiff, their memory, and who is chosen and why."""
 
 import functools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,8 @@ from qlora_jax.models.chunked_attention import Form, bands
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.scores import PLAIN, Scores
 from tests.random_arrays import normal
+from tests.tiers import tiered
 from tests.tolerances import VJP_ATOL, VJP_RTOL
-
-pytestmark = pytest.mark.quickly_compiled
 
 
 def plain_attention(q, k, v, segment_ids=None, scores=PLAIN):
@@ -55,9 +55,13 @@ def with_gradients(attend, args):
 
 
 # Blocks of 4 rows, at most two bands: one block and 3 rows; three blocks, two, and 3 rows.
-@pytest.mark.parametrize("length", [7, 23])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize(
+    ("by_products", "packed", "length"),
+    tiered(
+        product([False, True], [False, True], [7, 23]),
+        [(False, True, 23), (True, True, 23), (True, False, 7)],
+    ),
+)
 def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
     form = Form(rows=4, by_products=by_products)
     monkeypatch.setattr(chunked_attention, "MOST_BANDS", 2)
@@ -69,9 +73,13 @@ def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
         np.testing.assert_allclose(own, plain, rtol=VJP_RTOL, atol=VJP_ATOL)
 
 
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("window", [1, 3, 8, 40])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "window", "traced"),
+    tiered(
+        product([False, True], [1, 3, 8, 40], [False, True]),
+        [(False, 1, False), (True, 3, True), (False, 8, True), (True, 8, False), (False, 40, True)],
+    ),
+)
 def test_windows_and_soft_caps_equal_autodiff(monkeypatch, packed, window, traced):
     monkeypatch.setattr(chunked_attention, "MOST_BANDS", 3)
     form = Form(rows=4, by_products=True)
@@ -93,7 +101,7 @@ def test_keys_before_every_window_are_left_out():
     assert found == [slice(0, 8), slice(4, 16), slice(12, 24), slice(20, 32)]
 
 
-@pytest.mark.parametrize("window", [1, 4, 30])
+@pytest.mark.parametrize("window", tiered([1, 4, 30], [4]))
 def test_a_cache_has_the_same_windows_and_caps(window):
     q, k, v, _ = case(12, packed=False)
     scores = Scores(softcap=1.5, window=window)

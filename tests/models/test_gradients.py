@@ -11,8 +11,6 @@ from qlora_jax.models.norms import plain_rms_norm, rms_norm
 from tests.random_arrays import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
-pytestmark = pytest.mark.quickly_compiled
-
 
 def assert_same_gradients(own, plain, args, wrt):
     """Values and gradients of sum(f(*args) * fixed weights) agree."""

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.errors import InputError
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.rope import Rope, rotate, rotation
+from qlora_jax.models.rope import Rope, inverse_frequencies, rotate, rotation
 from tests.tolerances import ROTATION_ATOL
 
 FILE = Path(__file__).parent / "rope_by_transformers.json"
@@ -84,3 +84,14 @@ def test_phi3_takes_longrope_by_its_old_names_and_no_other_rule():
     linear = config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
     with pytest.raises(InputError, match="unknown rule 'linear'"):
         ModelConfig.from_dict(linear)
+
+
+def test_longrope_is_long_only_beyond_the_original_length():
+    rope = Rope(rule="longrope", original=32, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4)
+    short, long = (inverse_frequencies(rope, 8, length) for length in (32, 33))
+    np.testing.assert_array_equal(short, 2 * long)
+
+
+def test_dynamic_counts_from_the_longest_position():
+    fields = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    assert ModelConfig.from_dict(llama(**fields)).rope.original == 64

@@ -11,6 +11,7 @@ from qlora_jax.optim.schedules import schedule
 from qlora_jax.placement import to_device
 from tests.golden_data import GoldenFile, golden_folder
 from tests.optim.test_paged_adamw import LAYERS, assert_same_bits, random_tree
+from tests.tiers import tiered
 from tests.tolerances import OPTIMIZER_ATOL
 
 PEER = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
@@ -60,13 +61,16 @@ def stepped(memory="device", steps=4, **settings):
     return params, optimizer.whole(params, state)
 
 
+@pytest.mark.slow
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize("bits", [32, 8])
 def test_pages_are_the_whole_bit_for_bit(bits):
     whole, paged = (stepped(m, bits=bits, loraplus_lr_ratio=16.0) for m in ("device", "host"))
     assert_same_bits(whole, paged)
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.fully_compiled
+@pytest.mark.parametrize("bits", tiered([32, 8], [8]))
 def test_a_ratio_of_1_is_none_and_another_moves_b_and_m_alone(bits):
     plain, one, many = (stepped(bits=bits, loraplus_lr_ratio=r)[0] for r in (None, 1.0, 16.0))
     assert_same_bits(plain, one)

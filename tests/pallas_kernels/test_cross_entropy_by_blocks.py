@@ -82,6 +82,7 @@ def ours(x, head, labels, softcap=None):
     return jax.value_and_grad(loss, has_aux=True)(x)
 
 
+@functools.partial(jax.jit, static_argnames="softcap")
 def plain(x, head, labels, softcap=None):
     def loss(x):
         loss, right = reference.cross_entropy(x, head, labels, softcap)
@@ -97,6 +98,7 @@ def small(monkeypatch):
     monkeypatch.setattr(by_blocks, "sizes_here", lambda *shape: sizes)
 
 
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize(
     ("form", "softcap"),
     tiered(product(FORMS, [None, 5.0]), [("dense", None), ("nf4, double quantized", 5.0)]),
@@ -121,6 +123,7 @@ def test_equals_the_reference_from_the_device_and_from_the_host(
     assert sums.right == right
 
 
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize(
     ("form", "dtype"),
     tiered(
@@ -240,6 +243,7 @@ def test_nothing_counted_is_zero(small):
     assert not dx.any()
 
 
+@pytest.mark.fully_compiled
 def test_a_host_head_of_another_dtype_is_rounded_to_that_of_x(small):
     x, head, _, labels = case(9, 1003, 64, "dense")
     x = x.astype(jnp.bfloat16)

@@ -11,6 +11,8 @@ from pallas_kernels.dequantize.api import BACKENDS, dequantize_4bit, expand_scal
 from pallas_kernels.quantize.api import DoubleQuantized, double_quantize, quantize_4bit
 from tests.golden_data import GoldenFile, golden_folder
 
+pytestmark = pytest.mark.fully_compiled
+
 FILES = sorted(path.stem for path in golden_folder("nf4").glob("*.npz") if path.stem != "tables")
 NESTED = ("nested_absmax", "nested_offset")
 

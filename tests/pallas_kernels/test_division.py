@@ -1,5 +1,7 @@
 """Quotients that a GPU rounds wrongly become the nearest float32; a CPU's stay as they are."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,9 @@ import pytest
 from pallas_kernels import gpu
 from pallas_kernels.codebooks import CODEBOOKS, midpoints
 from pallas_kernels.quantize import division, reference
+from tests.tiers import tiered
+
+pytestmark = pytest.mark.fully_compiled
 
 COUNT = 1 << 18
 SPECIAL = np.uint32([0, 1, 2, 3, 0x400000, 0x7FFFFD, 0x7FFFFE, 0x7FFFFF])  # mantissas
@@ -70,12 +75,19 @@ def beside_boundaries(kind: str, shape: tuple[int, int]) -> jax.Array:
 
 
 def quantized(w: jax.Array, kind: str) -> list[jax.Array]:
-    codes, absmax = reference.quantize_4bit(w, kind, 32)
-    return [codes, absmax, *reference.double_quantize(absmax)]
+    """By a program of its own each time: what divides is replaced between them."""
+
+    def whole(w):
+        codes, absmax = reference.quantize_4bit(w, kind, 32)
+        return [codes, absmax, *reference.double_quantize(absmax)]
+
+    return jax.jit(whole)(w)
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
-@pytest.mark.parametrize("shape", [(64, 256), (3, 37)])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    tiered(product([(64, 256), (3, 37)], CODEBOOKS), [((64, 256), "nf4"), ((3, 37), "int4")]),
+)
 def test_a_gpus_codes_are_a_cpus(monkeypatch, strict_promotion, shape, kind):
     """Where a unit in the last place decides."""
     w = beside_boundaries(kind, shape)

@@ -91,3 +91,9 @@ def test_shapes_that_do_not_fit():
     arrays, static = stored(SHAPE)
     with pytest.raises(ValueError, match=r"B\^T \(5, 191\); .* B\^T \(r, 192\)"):
         lora_matmul(x, *arrays, A, Bt[:, 1:], scale, **static)
+
+
+def test_gradients_of_the_matrices_are_not_rounded_to_16_bits():
+    for gradient in results(SHAPE, "plain")[2:]:
+        assert gradient.dtype == jnp.float32
+        assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()

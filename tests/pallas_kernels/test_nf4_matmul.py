@@ -7,7 +7,11 @@ import pytest
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.codebooks import codebook
-from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.dequantize.api import dequantize_4bit
+from pallas_kernels.nf4_matmul import cpu, layout, nf4_matmul
+from pallas_kernels.nf4_matmul.weight import Weight
+from pallas_kernels.quantize.api import quantize_4bit
+from tests.random_arrays import normal
 
 X = jnp.ones((2, 64), jnp.bfloat16)
 CODES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 32)), jnp.uint8)
@@ -56,3 +60,14 @@ def test_a_table_of_ones_own():
     np.testing.assert_array_equal(call(kind=tuple(codebook("fp4").tolist())), call(kind="fp4"))
     doubled = tuple((2 * codebook("nf4")).tolist())
     np.testing.assert_array_equal(call(kind=doubled), 2 * call(kind="nf4"))
+
+
+def test_a_cpu_rounds_each_weight_once():
+    """Products with rows of ones and zeros are the weights themselves."""
+    w = normal(0, 64, 64)
+    codes, scales = quantize_4bit(w)
+    weight = Weight(layout.prepack(codes, "halves"), scales, (64, 64), "nf4", 64, "halves")
+    exact = dequantize_4bit(codes, scales, shape=(64, 64)).astype(jnp.bfloat16)
+    unit = jnp.eye(64, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(cpu.forward(unit, weight), exact.T)
+    np.testing.assert_array_equal(cpu.backward(unit, weight), exact)

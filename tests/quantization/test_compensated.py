@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels.codebooks import CODEBOOKS
 from qlora_jax.quantization.compensated import (
+    DAMPING,
+    SHRINK,
     InputCosts,
     inverse_factor,
     quantize_compensated,
@@ -142,3 +144,15 @@ def test_blocks_that_do_not_fill_the_rows_are_refused():
     _, moments = problem(6, width=96)
     with pytest.raises(ValueError, match="in is 96; expected a multiple of 64"):
         InputCosts.of(moments, 64)
+
+
+def test_a_blocks_scale_is_the_one_that_costs_least():
+    w, moments = problem(7, width=BLOCK)
+    order = turns(np.diag(moments), BLOCK)
+    pivots = np.diag(inverse_factor(moments[np.ix_(order, order)], DAMPING))
+    tries = SHRINK[:, None] * np.abs(w).max(axis=1)
+    off = np.abs(w[None, :, :, None] - tries[:, :, None, None] * CODEBOOKS["nf4"]).min(axis=-1)
+    cost = np.square(off[..., order] / pivots).sum(axis=-1)
+    expected = tries[cost.argmin(axis=0), np.arange(len(w))]
+    found = compensated(w, moments, double_quant=False).absmax[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

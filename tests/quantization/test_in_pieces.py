@@ -9,6 +9,8 @@ from qlora_jax.quantization import in_pieces
 from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.tensor import quantize
 
+pytestmark = pytest.mark.fully_compiled
+
 # Against pieces of 8,192 weights: less than one, one, some, some and a rest, and a rest whose last
 # block is short, of an odd number of weights.
 CASES = [

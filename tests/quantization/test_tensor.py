@@ -14,6 +14,8 @@ from pallas_kernels.quantize.api import DoubleQuantized, double_quantize, quanti
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize, stack
 from tests.tolerances import SCAN_RTOL
 
+pytestmark = pytest.mark.fully_compiled
+
 BY_ROWS, FLAT = (6, 128), (5, 33)
 
 

@@ -15,6 +15,7 @@ from qlora_jax.placement import to_host
 from qlora_jax.quantization.policy import QuantizationConfig
 from qlora_jax.train.step import accumulate, finish, gradients
 from tests.golden_data import GoldenFile, golden_folder
+from tests.tiers import tiered
 from tests.tolerances import FINAL_ADAPTER_ATOL, TRAINING_LOSS_RTOL
 
 FOLDER = "training"
@@ -27,7 +28,7 @@ def quantized_base() -> Decoder:
     return Decoder.from_weights(config, weights, "float32")
 
 
-@pytest.mark.parametrize("memory", ["device", "host"])
+@pytest.mark.parametrize("memory", tiered(["device", "host"], ["device"]))
 def test_golden_training(memory):
     folder, model = golden_folder(FOLDER), quantized_base()
     lora = load_adapter(folder / "initial_adapter", model)

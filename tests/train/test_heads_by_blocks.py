@@ -15,6 +15,7 @@ from qlora_jax.train import loss as losses
 from qlora_jax.train.loss import loss_fn
 from qlora_jax.weight_names import EMBEDDINGS, HEAD
 from tests.inference.tiny_model import tiny_model
+from tests.tiers import tiered
 from tests.tolerances import MEAN_NLL_RTOL, VJP_ATOL, VJP_RTOL
 
 IDS = np.random.default_rng(0).integers(0, 265, (3, 12)).astype(np.int32)
@@ -25,7 +26,10 @@ def with_head(model: Decoder, head) -> Decoder:
     return Decoder.from_weights(model.config, model.weights() | {HEAD: head}, model.dtype)
 
 
-@pytest.fixture(scope="module", params=["dense", "nf4", "nf4, blocks of 128"])
+FORMS = ["dense", "nf4", "nf4, blocks of 128"]
+
+
+@pytest.fixture(scope="module", params=tiered(FORMS, ["nf4"]))
 def heads(request) -> tuple[Decoder, Decoder]:
     """A model, and the same with its head dense on the device."""
     model = tiny_model(hidden_size=64, tie_word_embeddings=False)
@@ -46,6 +50,7 @@ def assert_alike(one, other):
         np.testing.assert_allclose(a, b, rtol=VJP_RTOL, atol=VJP_ATOL)
 
 
+@pytest.mark.fully_compiled
 def test_loss_and_gradient(heads):
     model, exact = heads
     lora = init_lora(model, r=2, targets="all-linear", key=jax.random.key(0))

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def quiet(line: str) -> None:
     """Takes a line of a run."""
 
 
-def write_rows(path: Path) -> Path:
-    """TEXTS as JSON lines."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+def write_rows(path: Path, texts: Sequence[str] = TEXTS) -> Path:
+    """The texts as JSON lines."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 

@@ -1,6 +1,7 @@
 """ql.merge: a dense model that answers as base + adapter; the base stays as it was."""
 
 import json
+from itertools import product
 
 import jax
 import numpy as np
@@ -13,10 +14,9 @@ from qlora_jax.workflows.checked_merge import checked_merge
 from qlora_jax.workflows.merge import merge
 from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import golden_folder
+from tests.tiers import tiered
 from tests.tolerances import LOGITS_ATOL
 from tests.trained import opened, trained
-
-pytestmark = pytest.mark.quickly_compiled
 
 ALL = {"use_dora": True, "modules_to_save": ["lm_head", "embed_tokens"]}
 TIED = {"lm_head": {"modules_to_save": ["lm_head"]}, "embed": {"modules_to_save": ["embed_tokens"]}}
@@ -35,7 +35,10 @@ def lora(base):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("llama", {}), ("llama_tied", {}), ("llama_tied", ALL), ("gemma2", ALL)],
+    tiered(
+        [("llama", {}), ("llama_tied", {}), ("llama_tied", ALL), ("gemma2", ALL)],
+        [("llama", {}), ("gemma2", ALL)],
+    ),
     ids=lambda value: value if isinstance(value, str) else "all" if value else "plain",
 )
 def test_merged_answers_as_base_and_adapter(family, settings):
@@ -51,8 +54,13 @@ def test_merged_answers_as_base_and_adapter(family, settings):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("which", ["dequantized", "original"])
-@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    tiered(
+        product(TIED, ["dequantized", "original"]),
+        [("lm_head", "original"), ("embed", "dequantized")],
+    ),
+)
 def test_a_saved_module_unties_the_merged_model(tmp_path, kind, which):
     base, folder = opened("llama_tied"), golden_folder("models/llama_tied")
     lora = trained(base, **TIED[kind])

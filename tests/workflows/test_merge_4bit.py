@@ -58,6 +58,7 @@ def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
         np.testing.assert_array_equal(own, other)
 
 
+@pytest.mark.fully_compiled
 def test_requantized_is_the_merged_weight_quantized_once(base, lora):
     dense = dict(merged_weights(base, lora, dtype="float32"))
     found = dict(merged_4bit(base, lora, Into4Bits()))
@@ -70,7 +71,7 @@ def test_requantized_is_the_merged_weight_quantized_once(base, lora):
             np.testing.assert_array_equal(own, dense[name])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, ["compensated"]))
 def test_what_no_adapter_touches_stays_bit_for_bit(way):
     base = opened("llama", head=True)
     lora = trained(base, targets=["layers.1.mlp.up_proj", "self_attn.v_proj"])
@@ -149,7 +150,7 @@ def test_moments_are_those_of_the_linears_inputs(base, lora):
     assert np.abs(again["self_attn.q_proj"] - found["self_attn.q_proj"]).max() > 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, ["compensated"]))
 def test_what_is_written_opens_equal_and_says_where_it_is_from(way, base, lora, tmp_path):
     out, into = tmp_path / "out", WAYS[way]
     check = checked_merge(
@@ -265,9 +266,8 @@ def test_a_residual_that_cannot_be_is_refused_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", tiered(["dora", "modules_to_save", "patterns", "rslora"], ["patterns"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dora", "modules_to_save", "patterns", "rslora"])
 def test_every_kind_of_pefts_adapters(name):
     """The merged model is nearer to 4-bit base + adapter than the base alone is."""
     folder = golden_folder("adapters")

@@ -7,7 +7,7 @@ import pytest
 from qlora_jax.checkpoints.orbax_io import load_with_metadata
 from qlora_jax.errors import ConfigMismatch, InputError, Locked, StorageError
 from qlora_jax.workflows.signals import Stopped
-from tests.tiers import tiered
+from tests.tiers import slow, tiered
 from tests.workflows.runs import assert_same_run, rows_of, stop_behind, trainer
 
 # Packed, the rows make fewer batches an epoch than there are rows, unpacked 9; 1 or 3 batches a
@@ -37,6 +37,7 @@ def test_stopped_and_resumed_is_never_stopped(home, tmp_path, packing, accumulat
         "save_steps": steps,
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.3,
+        "lora_dropout": 0.3,
     }
     whole = trainer(home, tmp_path / "whole", **settings)
     edge = whole.batches.steps_per_epoch
@@ -54,21 +55,18 @@ def test_stopped_and_resumed_is_never_stopped(home, tmp_path, packing, accumulat
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    tiered(
-        [
-            {"lora_dropout": 0.3},
-            {"optim_memory": "host"},
-            {"optim": "paged_adamw_8bit", "lora_r": 64},
-            {"optim": "paged_adamw_8bit", "lora_r": 64, "optim_memory": "host"},
-            {"dtype": "bfloat16", "batch_size": 2},
-            {"val_size": 0.3, "eval_steps": 2},
-            {"use_dora": True, "lora_dropout": 0.3},
-            {"modules_to_save": ["lm_head", "embed_tokens"], "optim_memory": "host"},
-        ],
-        [{"lora_dropout": 0.3}],
-    ),
+    [
+        {"optim_memory": "host"},
+        {"optim": "paged_adamw_8bit", "lora_r": 64},
+        {"optim": "paged_adamw_8bit", "lora_r": 64, "optim_memory": "host"},
+        {"dtype": "bfloat16", "batch_size": 2},
+        {"val_size": 0.3, "eval_steps": 2},
+        {"use_dora": True, "lora_dropout": 0.3},
+        {"modules_to_save": ["lm_head", "embed_tokens"], "optim_memory": "host"},
+    ],
     ids=lambda extra: next(iter(extra)),
 )
 def test_resume_is_exact_with(home, tmp_path, extra):
@@ -82,9 +80,20 @@ def test_resume_is_exact_with(home, tmp_path, extra):
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 5)
 
 
-@pytest.mark.parametrize("first", tiered(["host", "device"], ["host"]))
-def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first):
-    settings = {"max_steps": 5, "save_steps": 5, "optim": "paged_adamw_8bit", "lora_r": 64}
+@pytest.mark.fully_compiled
+@pytest.mark.parametrize(
+    ("first", "optim", "rank"),
+    tiered(
+        [
+            ("host", "paged_adamw_32bit", 4),
+            ("host", "paged_adamw_8bit", 64),
+            ("device", "paged_adamw_8bit", 64),
+        ],
+        [("host", "paged_adamw_32bit", 4)],
+    ),
+)
+def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first, optim, rank):
+    settings = {"max_steps": 5, "save_steps": 5, "optim": optim, "lora_r": rank}
     trainer(home, tmp_path / "whole", optim_memory=first, **settings).fit()
     stopped = trainer(home, tmp_path / "parts", optim_memory=first, **settings)
     stop_behind(stopped, 3)
@@ -119,17 +128,22 @@ def stopped(home, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"lora_r": 8}, "lora_r 4 -> 8"),
         ({"lora_alpha": 16}, "lora_alpha 8 -> 16"),
         ({"learning_rate": 5e-3}, "learning_rate 0.01 -> 0.005"),
         ({"target_modules": ["q_proj"]}, r"target_modules 'all-linear' -> \['q_proj'\]"),
-        ({"use_dora": True}, "use_dora False -> True"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \[\] -> \['lm_head'\]"),
         ({"packing": False}, "packing True -> False"),
         ({"max_seq_length": 63}, "max_seq_length 64 -> 63"),
         ({"shuffle_seed": 1}, "shuffle_seed 42 -> 1"),
-        ({"block_size": 32}, "block_size 64 -> 32"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 -> 2"),
+        *map(
+            slow,
+            [
+                ({"lora_r": 8}, "lora_r 4 -> 8"),
+                ({"use_dora": True}, "use_dora False -> True"),
+                ({"modules_to_save": ["lm_head"]}, r"modules_to_save \[\] -> \['lm_head'\]"),
+                ({"block_size": 32}, "block_size 64 -> 32"),
+            ],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

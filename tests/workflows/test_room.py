@@ -138,7 +138,7 @@ def test_the_largest_batch_runs_before_the_first_step(home, tmp_path):
 
 
 def test_it_changes_nothing(home, tmp_path, monkeypatch):
-    settings = {"max_steps": 3, "save_steps": 3, "lora_dropout": 0.2}
+    settings = {"max_steps": 3, "save_steps": 3, "lora_dropout": 0.3}
     opened(home, tmp_path / "one", **settings).fit()
     monkeypatch.setattr(trainer.Trainer, "make_room", lambda self, state, batch: None)
     other = opened(home, tmp_path / "two", **settings)
@@ -163,6 +163,7 @@ def test_a_larger_batch_that_comes_later_runs_once_more(home, tmp_path):
     assert len(rows_of(tmp_path / "run")) == 3
 
 
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize(
     ("stream_weights", "policy"),
     tiered(product(["on", "all"], ["full", "offload"]), [("on", "offload")]),

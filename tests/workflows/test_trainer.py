@@ -23,6 +23,7 @@ from qlora_jax.workflows.trainer import BAD_STEPS, Trainer
 from qlora_jax.workflows.training import open_run
 from tests.workflows.runs import (
     SETTINGS,
+    TEXTS,
     assert_same,
     assert_same_run,
     batches_of,
@@ -30,6 +31,7 @@ from tests.workflows.runs import (
     rows_of,
     stop_behind,
     trainer,
+    write_rows,
 )
 
 FILES = (
@@ -97,6 +99,7 @@ def test_what_was_given_stays_as_it_was(home, tmp_path, opened):
     assert any(np.any(pair["B"]) for pair in run.lora.params.values())
 
 
+@pytest.mark.fully_compiled
 def test_host_memory_gives_the_same_numbers(home, tmp_path):
     device = trainer(home, tmp_path / "device", max_steps=3, optim_memory="device").fit()
     host = trainer(home, tmp_path / "host", max_steps=3, optim_memory="host").fit()
@@ -108,6 +111,7 @@ def test_host_memory_gives_the_same_numbers(home, tmp_path):
     assert 0 < host.metrics[0]["host_seconds_moved"] < host.metrics[0]["step_time"]
 
 
+@pytest.mark.slow
 def test_8_bit_moments_are_rounded_moments(home, tmp_path):
     """Ranks are large enough here for leaves of 4096 numbers a layer."""
     runs = {
@@ -145,9 +149,9 @@ def test_a_full_host_ends_the_run_and_leaves_the_checkpoint(home, tmp_path, monk
 
 
 def test_epochs_end_where_the_rows_do(home, tmp_path):
-    run = trainer(
-        home, tmp_path / "run", packing=False, num_epochs=2, gradient_accumulation_steps=4
-    ).fit()
+    settings = {"packing": False, "num_epochs": 2, "gradient_accumulation_steps": 4}
+    rows = write_rows(tmp_path / "rows.jsonl", [text[:7] for text in TEXTS])  # one program
+    run = trainer(home, tmp_path / "run", dataset=rows, **settings).fit()
     # 9 rows by 4: steps of 4, 4 and 1 micro batches, twice.
     assert [row["epoch"] for row in run.metrics] == pytest.approx(
         [4 / 12, 8 / 12, 9 / 12, 1 + 4 / 12, 1 + 8 / 12, 1 + 9 / 12]
@@ -195,8 +199,8 @@ def batches(home, opened):
 
 
 def fit(model, data, out, **changes):
-    changes = {"max_steps": len(data), "save_steps": 1, "save_total_limit": None, **changes}
-    run = Trainer(model, adapter(model), data, settings(out, **changes), say=quiet)
+    own = settings(out, **{"max_steps": len(data), **changes})
+    run = Trainer(model, adapter(model), data, own, say=quiet)
     return run.fit()
 
 
@@ -230,7 +234,7 @@ def test_the_fifth_in_a_row_ends_the_run(tmp_path, poisoned, batches):
     good, bad = batches
     data = [good[0], *[bad] * (BAD_STEPS - 1), good[1], *[bad] * BAD_STEPS, good[2]]
     with pytest.raises(NonFinite, match=f"step {2 * BAD_STEPS + 1}") as error:
-        fit(poisoned, data, tmp_path / "run")
+        fit(poisoned, data, tmp_path / "run", save_steps=1, save_total_limit=None)
     assert error.value.exit_code == 6
     steps = {int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*")}
     assert steps == set(range(1, 2 * BAD_STEPS + 1))
@@ -261,7 +265,7 @@ def test_early_stopping_and_the_best_adapter(home, tmp_path, opened):
 def test_best_is_the_best_and_not_the_last(home, tmp_path):
     # So large a rate that the loss goes up after the first step.
     run = trainer(
-        home, tmp_path / "run", max_steps=4, eval_steps=1, val_size=0.3, learning_rate=0.3
+        home, tmp_path / "run", max_steps=2, eval_steps=1, val_size=0.3, learning_rate=0.3
     ).fit()
     losses = [row["eval_loss"] for row in run.metrics if "eval_loss" in row]
     assert min(losses) < losses[-1], "choose a larger learning rate"
@@ -270,6 +274,7 @@ def test_best_is_the_best_and_not_the_last(home, tmp_path):
     assert run.summary["best_eval_loss"] == min(losses)
 
 
+@pytest.mark.fully_compiled
 def test_a_transform_of_the_users_own(home, tmp_path, opened):
     model, tokenizer = opened
     data = load_dataset(home / "train.jsonl", tokenizer, max_seq_length=64)
@@ -298,6 +303,7 @@ def test_an_iterable_of_batches(tmp_path, opened, batches):
         ).fit()
 
 
+@pytest.mark.slow
 def test_an_iterable_is_stopped_and_resumed_exactly(tmp_path, opened, batches):
     model, good = opened[0], batches[0]
     whole = fit(model, good, tmp_path / "whole", max_steps=len(good) + 2)
@@ -332,14 +338,16 @@ def test_what_cannot_begin_is_refused(tmp_path, opened, batches):
         start([], max_steps=1).fit()
 
 
+@pytest.mark.fully_compiled
 def test_rows_of_one_sequence_need_no_segment_ids(home, tmp_path, monkeypatch):
     """Padding stands last and attention is causal: the same steps, bit for bit."""
-    plain = trainer(home, tmp_path / "without", max_steps=3, save_steps=3, packing=False)
+    settings = {"max_steps": 1, "save_steps": 1, "packing": False}
+    plain = trainer(home, tmp_path / "without", **settings)
     assert "segment_ids" not in plain.batches.inputs(next(plain.batches.groups(0, 0))[0])
     plain.fit()
     monkeypatch.setattr(BatchSource, "inputs", lambda self, batch: batch)
-    trainer(home, tmp_path / "with", max_steps=3, save_steps=3, packing=False).fit()
-    assert_same_run(tmp_path / "without", tmp_path / "with", 3)
+    trainer(home, tmp_path / "with", **settings).fit()
+    assert_same_run(tmp_path / "without", tmp_path / "with", 1)
 
 
 def test_the_header_says_how_attention_is_computed(home, tmp_path):
