@@ -63,6 +63,13 @@ def test_signs_are_elected():
     np.testing.assert_array_equal(summed(arrays, factors, None)[0], [5, -2, 3, 0])
 
 
+def test_a_draw_of_signs_is_positive():
+    arrays = np.float32([[[3, -1, 2]], [[-1, 3, -2]]])
+    factors = np.float32([1, 1])
+    np.testing.assert_array_equal(summed(arrays, factors, "frequency")[0], [3, 3, 2])
+    np.testing.assert_array_equal(summed(arrays, factors, "total")[0], [3, 3, 2])
+
+
 def test_a_negative_factor_is_on_one_side():
     A, B = np.float32([[1, 2]]), np.float32([[3], [4]])
     made = mixture([Part(A, B, -4.0, "a", 0)], MIXTURES["linear"], 1.0, "total", (0,))

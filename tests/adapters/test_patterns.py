@@ -16,6 +16,7 @@ PATTERNS = [
     r".*\.(q_proj|up)",
     r"model\.layers\.(1|11)\.self_attn\.q_proj",
     "q_pro",
+    "q_proj|up",
     "^model.layers.0.mlp.up",
     r"(?:\d+)\.mlp\.up",
 ]

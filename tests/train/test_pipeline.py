@@ -65,7 +65,7 @@ SETTINGS = {
         "dropout": 0.3,
         "use_dora": True,
         "modules_to_save": ("embed_tokens", "lm_head"),
-        "targets": ("q_proj", "o_proj", "down_proj"),
+        "targets": ("q_proj", "down_proj"),
     },
 }
 
