@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.lora_matmul.delta import lora_delta, plain_lora_delta
 from qlora_jax.models.mlp import ACTIVATIONS, gated, plain_gated
-from qlora_jax.models.norms import plain_rms_norm, rms_norm
+from qlora_jax.models.norms import RMSNorm, plain_rms_norm, rms_norm
 from tests.random_arrays import normal
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
@@ -28,6 +28,12 @@ def assert_same_gradients(own, plain, args, wrt):
 def test_rms_norm(strict_promotion):
     args = normal(0, 2, 3, 16), 1 + normal(1, 16), 1e-5
     assert_same_gradients(rms_norm, plain_rms_norm, args, (0,))
+
+
+def test_gemmas_offset_is_added_in_float32():
+    """A weight of 2^-9 is lost beside 1 in bfloat16."""
+    norm = RMSNorm(jnp.full(4, 2.0**-9, jnp.bfloat16), eps=0.0, offset=1.0)
+    np.testing.assert_array_equal(norm(jnp.full((1, 4), 512.0)), np.full((1, 4), 1 + 2.0**-9))
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
