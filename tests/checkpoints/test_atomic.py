@@ -45,7 +45,7 @@ def test_a_file_appears_at_the_end(tmp_path):
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_leaves_nothing_on_failure(tmp_path, error, new):
     def fail():
-        with new(tmp_path / "a" / "out") as path:
+        with new(tmp_path / "a" / "b" / "out") as path:
             (path / "file" if new is new_folder else path).write_text("x")
             raise error
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qlora_jax.checkpoints.safetensors_header import DTYPES
 from qlora_jax.checkpoints.shards import SafetensorsFile
 from qlora_jax.errors import InputError
+from tests.checkpoints.safetensors_files import entry, safetensors_bytes
 
 NAMES = st.text(
     st.characters(categories=["L", "N", "P"], exclude_characters='"'), min_size=1, max_size=9
@@ -47,6 +48,16 @@ def test_reads_what_the_package_writes(tmp_path_factory, tree, metadata):
     for name, array in ours.items():
         assert (array.dtype, array.shape) == (tree[name].dtype, tree[name].shape)
         assert array.tobytes() == tree[name].tobytes()
+
+
+def test_an_empty_tensor_overlaps_nothing(tmp_path):
+    """Whatever stands first in the header."""
+    header = {"full": entry(), "empty": entry(shape=(0, 3), offsets=(0, 0))}
+    (tmp_path / "f").write_bytes(safetensors_bytes(header, bytes(8)))
+    assert {name: array.shape for name, array in read_all(tmp_path / "f").items()} == {
+        "full": (2,),
+        "empty": (0, 3),
+    }
 
 
 BASE = safetensors.numpy.save(

@@ -17,6 +17,10 @@ def test_every_fault_can_be_planted():
         assert (ROOT / fault.test).exists(), fault
 
 
+def test_at_least_sixty_name_the_test_that_fails():
+    assert sum(fault.test != "" for fault in FAULTS) >= 60
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", SAMPLE, ids=str)
 def test_caught(fault):

@@ -234,6 +234,21 @@ def test_every_setting_reaches_the_transform(bits_of_moments):
     np.testing.assert_allclose(params["w"]["A"], expected["w"]["A"], atol=OPTIMIZER_ATOL)
 
 
+def test_a_schedule_begins_with_0():
+    rates, moved = (1.0, 10.0, 100.0), []
+    optimizer = paged_adamw(lambda count: jnp.take(jnp.asarray(rates), count), eps=0.0)
+    shapes = {"w": {"A": (LAYERS, 2, 2)}}
+    params = random_tree(0, 0.0, shapes)
+    grads = jax.tree.map(jnp.ones_like, params)
+    state, before = optimizer.init(params), 0.0
+    for _ in rates:  # a constant gradient moves by the rate alone
+        params, state = optimizer.apply(params, grads, state)
+        now = float(params["w"]["A"][0, 0, 0])
+        moved.append(before - now)
+        before = now
+    np.testing.assert_allclose(moved, rates, rtol=1e-3)
+
+
 def test_a_learning_rate_may_be_an_array():
     """Which has no hash: its transform is its own."""
     found = []

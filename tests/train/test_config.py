@@ -151,11 +151,12 @@ def test_every_row_of_the_unsupported_table_is_met():
 
 
 def test_what_cannot_be_kept_of_layers_from_disk_is_refused():
-    found, text = problems(
-        lambda: TrainConfig(stream_weights="disk", gradient_checkpointing="none")
-    )
-    assert found == {("CFG-TOGETHER", "gradient_checkpointing")}
-    assert "gradient_checkpointing=offload" in text
+    for policy in ("none", "save-attention"):
+        found, text = problems(
+            lambda policy=policy: TrainConfig(stream_weights="disk", gradient_checkpointing=policy)
+        )
+        assert found == {("CFG-TOGETHER", "gradient_checkpointing")}
+        assert "gradient_checkpointing=offload" in text
     assert TrainConfig(stream_weights="disk", gradient_checkpointing="offload")
     assert TrainConfig(stream_weights="all", gradient_checkpointing="none")
 
@@ -280,13 +281,14 @@ def test_paths_are_meant_from_the_file_and_names_stay(tmp_path):
     path = write(
         folder,
         "model: Qwen/Qwen3-4B\nadapter: local-model\ndataset: ../data/train.jsonl\n"
-        "eval_dataset: hub/name\noutput_dir: out\n",
+        "eval_dataset: hub/name\noutput_dir: out\nfrozen_adapters: [local-model, hub/below]\n",
     )
     config = TrainConfig.from_yaml(path)
     assert config.model == "Qwen/Qwen3-4B"
     assert config.adapter == str(folder / "local-model")
     assert config.dataset == str(tmp_path / "data" / "train.jsonl")
     assert config.eval_dataset == "hub/name"
+    assert config.frozen_adapters == [str(folder / "local-model"), "hub/below"]
     assert config.output_dir == str(folder / "out")
     assert TrainConfig.from_yaml(path, ["output_dir=here"]).output_dir == "here"
 
@@ -324,7 +326,7 @@ def test_a_whole_alpha_stays_whole():
 
 
 def test_an_empty_file_misses_what_is_required(tmp_path):
-    path = write(tmp_path, "# nothing\n")
+    path = write(tmp_path, "dataset: null\n")
     found, text = problems(lambda: TrainConfig.from_yaml(path))
     assert found == {("CFG-MISSING", f"{path}:{key}") for key in REQUIRED}
     assert "dataset: missing (expected a file of rows). Try: dataset=train.jsonl" in text

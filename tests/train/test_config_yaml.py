@@ -47,6 +47,10 @@ def test_an_override_without_a_key_or_value_is_refused(override):
         parse_overrides([override])
 
 
+def test_an_override_is_cut_at_its_first_equals_sign():
+    assert parse_overrides(["dataset=rows.jsonl?a=b"]) == {"dataset": "rows.jsonl?a=b"}
+
+
 def test_a_doubled_override_is_refused():
     with pytest.raises(InputError, match="command line:seed: the key is doubled"):
         parse_overrides(["seed=1", "seed=2"])
