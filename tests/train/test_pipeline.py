@@ -84,6 +84,7 @@ def test_gradients_of_every_kind_of_adapter(setting, family, tmp_path):
     found = pipeline.gradients(params, disk, batch(resident), remat="offload", **how)
     assert_equal(expected, found)
     assert_equal(adapter(disk, **settings)[1], params)
+    assert fingerprint(layerwise(resident)) == fingerprint(resident)
 
 
 STORED = {
