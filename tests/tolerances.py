@@ -89,8 +89,6 @@ SAME_DELTA_ATOL = {"linear": 1e-6, "svd": 1e-5}
 FITTED_LOSS_ATOL = 2e-5
 # ... weights found again from 744 tokens that were drawn with them: twice the larger of two misses.
 FITTED_WEIGHT_ATOL = 0.1
-# ... at its bound of 0, where a line search may end beside it (seen: 1e-16).
-FITTED_ZERO_ATOL = 1e-9
 # ... and the gradient of a weight against a difference over 0.1: the third derivative is left over.
 SLOPE_RTOL = 2e-2
 

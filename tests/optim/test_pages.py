@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.errors import InputError
@@ -22,7 +22,6 @@ def trees(draw):
     return layers, count, [jnp.float32(rng.standard_normal(shape)) for shape in shapes]
 
 
-@settings(max_examples=8)  # each compiles programs of its own
 @given(trees())
 def test_pages_written_one_by_one_are_the_tree(drawn):
     layers, count, tree = drawn

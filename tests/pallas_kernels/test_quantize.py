@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.fully_compiled
 
 FILES = sorted(path.stem for path in golden_folder("nf4").glob("*.npz") if path.stem != "tables")
 SHAPES = [(1, 1), (3, 7), (5, 64), (33, 96), (2, 4096), (577, 33)]
-FEW = settings(max_examples=8)  # nearly each compiles programs of its own
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -163,7 +162,6 @@ def test_shapes(shape, block_size):
     assert (codes.dtype, absmax.dtype) == (jnp.uint8, jnp.float32)
 
 
-@FEW
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(sorted(CODEBOOKS)),
