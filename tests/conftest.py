@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("NPROC", "8")
     cache = Path(__file__).parent.parent / ".cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     config.pluginmanager.register(Budget(config))
 
 
@@ -46,14 +46,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The quick tier compiles with few optimizations, which takes half as long.
+    """Compiles for the CPU with few optimizations, which takes half as long.
 
     Programs of one kind of compilation are never taken for the other's.
     """
     import jax
 
-    quick_tier = "not slow" in item.config.option.markexpr
-    wanted = quick_tier and not is_fully_compiled(item)
+    wanted = item.config.option.markexpr != "gpu" and not is_fully_compiled(item)
     if jax.config.read("jax_disable_most_optimizations") != wanted:
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", wanted)

@@ -144,6 +144,7 @@ def test_smollm2s_config(smollm2):
     assert len(smollm2.names()) == 30 * 9 + 2
 
 
+@pytest.mark.slow
 def test_smollm2s_weights_equal_the_gguf_packages(smollm2):
     peer = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2.path).tensors}
     for name in smollm2.names():

@@ -14,6 +14,7 @@ from qlora_jax.evaluation import perplexity
 from qlora_jax.models import Decoder, ModelConfig
 from qlora_jax.quantization.policy import QuantizationConfig
 from tests.golden_data import GoldenFile, golden_folder, read_arrays
+from tests.tiers import tiered
 from tests.tolerances import SMOLLM2_LOGITS_ATOL, SMOLLM2_NLL_ATOL, SMOLLM2_PERPLEXITY_ATOL
 
 pytestmark = pytest.mark.fully_compiled  # what is computed takes longer than to compile it
@@ -41,7 +42,7 @@ def smollm2(kind: str) -> Decoder:
     return Decoder.from_weights(config, weights, "float32")
 
 
-@pytest.mark.parametrize("kind", ["float32", *CODED])
+@pytest.mark.parametrize("kind", tiered(["float32", *CODED], ["nf4"]))
 def test_negative_log_likelihood(kind):
     folder = golden_folder("smollm2")
     windows = read_arrays(folder / "windows.npy")["windows"]

@@ -87,7 +87,7 @@ def test_greedy_rows_are_the_golden_ones_beside_others(name):
         golden.compare_exact("greedy", np.array([[*prompt, *new[1]]]))
 
 
-@pytest.mark.parametrize("name", tiered(FOLDERS, ["qwen3"]))
+@pytest.mark.parametrize("name", tiered(FOLDERS, ["gemma3"]))
 def test_an_8_bit_cache_is_near(name):
     model, ids = decoder(name), texts(name)
     near = cached_logits(model, ids, "int8")

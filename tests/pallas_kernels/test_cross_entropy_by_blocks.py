@@ -101,7 +101,7 @@ def small(monkeypatch):
 @pytest.mark.fully_compiled
 @pytest.mark.parametrize(
     ("form", "softcap"),
-    tiered(product(FORMS, [None, 5.0]), [("dense", None), ("nf4, double quantized", 5.0)]),
+    tiered(product(FORMS, [None, 5.0]), [("nf4, double quantized", 5.0)]),
 )
 def test_equals_the_reference_from_the_device_and_from_the_host(
     small, strict_promotion, form, softcap
@@ -208,7 +208,7 @@ def test_blocks_of_llama_3_are_even(width, most, count, block_size):
     assert found == (128256 // count, count, 0)
 
 
-@pytest.mark.parametrize("form", ["dense", "nf4"])
+@pytest.mark.parametrize("form", tiered(["dense", "nf4"], ["nf4"]))
 def test_nan_in_one_token_is_nan_in_the_loss_and_in_that_token_alone(small, form):
     """XLA's maximum on a CPU loses NaN; the sum of exponentials does not."""
     x, head, _, labels = case(64, 1003, 64, form)

@@ -155,7 +155,7 @@ def test_with_a_low_rank_term(backend, direction, number, rank):
     assert kernels.error(y, exact) < INTERPRETED_RTOL["bfloat16"]
 
 
-@pytest.mark.parametrize("backend", tiered(KERNELS, KERNELS[1:2]), ids=str)
+@pytest.mark.parametrize("backend", tiered(KERNELS, KERNELS[:1]), ids=str)
 def test_a_batch_is_so_many_rows(backend):
     shape = backend.shape(2, "forward")
     w = kernels.weight(shape, "forward")

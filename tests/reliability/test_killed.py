@@ -73,7 +73,7 @@ def check_kills(run, home, tmp_path, name, moments):
         assert [path.name for path in folder.iterdir()] == [out]
 
 
-@pytest.mark.parametrize("name", ["quantize", "export hf", "export gguf"])
+@pytest.mark.parametrize("name", ["quantize", "export gguf"])  # a folder and a file
 def test_two_kills(run, home, tmp_path, name):
     check_kills(run, home, tmp_path, name, [0.5, 0.95])
 

@@ -81,6 +81,7 @@ def test_one_batch_of_two_is_two_batches_of_one():
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.fully_compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", POLICIES)
 def test_streamed_layers_train_as_resident_ones_bit_for_bit(remat):

@@ -53,7 +53,7 @@ def assert_alike(one, other):
 @pytest.mark.fully_compiled
 def test_loss_and_gradient(heads):
     model, exact = heads
-    lora = init_lora(model, r=2, targets="all-linear", key=jax.random.key(0))
+    lora = init_lora(model, r=2, targets=["q_proj", "down_proj"], key=jax.random.key(0))
     run = step(lora.spec)
     found = run(lora.params, model, BATCH)
     assert_alike(found, run(lora.params, exact, BATCH))

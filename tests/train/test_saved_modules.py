@@ -38,7 +38,7 @@ def opened(family: str) -> Decoder:
 )
 def test_gradients_reach_saved_modules_through_loss_and_logits(family, names):
     model = opened(family)
-    lora = init_lora(model, r=2, key=jax.random.key(0), modules_to_save=names)
+    lora = init_lora(model, r=2, targets=["q_proj"], key=jax.random.key(0), modules_to_save=names)
     ids = jnp.arange(5, 5 + 2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH)
 
     @jax.jit

@@ -106,6 +106,7 @@ def test_the_same_bytes_again(home, tmp_path):
     assert (outs[0] / "quantization.png").exists()
 
 
+@pytest.mark.slow
 def test_training_begins_with_it_and_goes_on_exactly(home, tmp_path):
     base = tmp_path / "base"
     quantize_closer(home / "model", base, Closer("pissa"), r=4)

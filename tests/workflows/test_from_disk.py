@@ -25,7 +25,10 @@ from tests.workflows.runs import assert_same_run, trainer, write_rows
 
 pytestmark = pytest.mark.fully_compiled
 
-RUN = {"max_steps": 4, "save_steps": 1, "gradient_checkpointing": "full", "save_total_limit": None}
+RUN = {
+    **{"max_steps": 4, "save_steps": 1, "gradient_checkpointing": "full", "save_total_limit": None},
+    "target_modules": ["q_proj", "down_proj"],  # each is compiled
+}
 DISK = RUN | {"stream_weights": "disk"}
 
 

@@ -151,7 +151,7 @@ def test_moments_are_those_of_the_linears_inputs(base, lora, monkeypatch):
     assert np.abs(again["self_attn.q_proj"] - found["self_attn.q_proj"]).max() > 1
 
 
-@pytest.mark.parametrize("way", tiered(WAYS, ["compensated"]))
+@pytest.mark.parametrize("way", tiered(WAYS, ["requantize"]))
 def test_what_is_written_opens_equal_and_says_where_it_is_from(way, base, lora, tmp_path):
     out, into = tmp_path / "out", WAYS[way]
     check = checked_merge(

@@ -10,6 +10,7 @@ from qlora_jax.workflows.signals import Stopped
 from tests.tiers import slow, tiered
 from tests.workflows.runs import assert_same_run, rows_of, stop_behind, trainer
 
+FEW = ["q_proj", "down_proj"]  # each target is compiled
 # Packed, the rows make fewer batches an epoch than there are rows, unpacked 9; 1 or 3 batches a
 # step, and steps that cross the end of an epoch. One stop is at that end itself.
 PACKED = {"packing": True}
@@ -38,6 +39,7 @@ def test_stopped_and_resumed_is_never_stopped(home, tmp_path, packing, accumulat
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.3,
         "lora_dropout": 0.3,
+        "target_modules": FEW,
     }
     whole = trainer(home, tmp_path / "whole", **settings)
     edge = whole.batches.steps_per_epoch
@@ -94,6 +96,7 @@ def test_resume_is_exact_with(home, tmp_path, extra):
 )
 def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first, optim, rank):
     settings = {"max_steps": 5, "save_steps": 5, "optim": optim, "lora_r": rank}
+    settings["target_modules"] = FEW
     trainer(home, tmp_path / "whole", optim_memory=first, **settings).fit()
     stopped = trainer(home, tmp_path / "parts", optim_memory=first, **settings)
     stop_behind(stopped, 3)

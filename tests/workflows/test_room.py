@@ -70,6 +70,7 @@ except DoesNotFit as error:
 """
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_shell_is_seen(home, tmp_path):
     """A limit above what the process has, and below what even a small run takes."""
     path = tmp_path / "run.yaml"
@@ -169,7 +170,8 @@ def test_a_larger_batch_that_comes_later_runs_once_more(home, tmp_path):
     tiered(product(["on", "all"], ["full", "offload"]), [("on", "offload")]),
 )
 def test_a_run_with_weights_in_host_memory(home, tmp_path, stream_weights, policy):
-    settings = {"max_steps": 3, "save_steps": 3}
+    # Few targets, since each is compiled.
+    settings = {"max_steps": 3, "save_steps": 3, "target_modules": ["q_proj", "down_proj"]}
     opened(home, tmp_path / "one", gradient_checkpointing="full", **settings).fit()
     run = opened(
         home,

@@ -149,8 +149,8 @@ def test_a_full_host_ends_the_run_and_leaves_the_checkpoint(home, tmp_path, monk
 
 
 def test_epochs_end_where_the_rows_do(home, tmp_path):
-    settings = {"packing": False, "num_epochs": 2, "gradient_accumulation_steps": 4}
-    rows = write_rows(tmp_path / "rows.jsonl", [text[:7] for text in TEXTS])  # one program
+    settings = {"num_epochs": 2, "gradient_accumulation_steps": 4}
+    rows = write_rows(tmp_path / "rows.jsonl", [5 * text for text in TEXTS])  # a whole row each
     run = trainer(home, tmp_path / "run", dataset=rows, **settings).fit()
     # 9 rows by 4: steps of 4, 4 and 1 micro batches, twice.
     assert [row["epoch"] for row in run.metrics] == pytest.approx(
@@ -341,7 +341,7 @@ def test_what_cannot_begin_is_refused(tmp_path, opened, batches):
 @pytest.mark.fully_compiled
 def test_rows_of_one_sequence_need_no_segment_ids(home, tmp_path, monkeypatch):
     """Padding stands last and attention is causal: the same steps, bit for bit."""
-    settings = {"max_steps": 3, "save_steps": 3, "packing": False}
+    settings = {"max_steps": 3, "save_steps": 3, "packing": False, "target_modules": ["q_proj"]}
     plain = trainer(home, tmp_path / "without", **settings)
     assert "segment_ids" not in plain.batches.inputs(next(plain.batches.groups(0, 0))[0])
     plain.fit()
