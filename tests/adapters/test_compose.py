@@ -47,7 +47,7 @@ def delta(adapter: Adapter, name: str, layer: int) -> np.ndarray:
     """scale B A, float64; zeros where the adapter has nothing."""
     if name not in adapter.spec.targets or not adapter.spec.ranks(name)[layer]:
         return np.zeros(SHAPES[name])
-    A, B = (np.float64(matrix) for matrix in adapter.layer(name, layer))
+    A, B = (np.float64(adapter.params[name][half])[layer] for half in "AB")  # padding is zero
     return float(adapter.spec.scales(name)[layer]) * B @ A
 
 

@@ -153,6 +153,7 @@ def test_logits_with_and_without_a_cache(family):
     assert_near(*caches)
 
 
+@pytest.mark.slow
 def test_generation_and_fingerprint():
     resident, streamed = opened("qwen3"), opened("qwen3", "all")
     assert fingerprint(resident) == fingerprint(streamed)

@@ -51,6 +51,7 @@ def assert_alike(one, other):
 
 
 @pytest.mark.fully_compiled
+@pytest.mark.slow
 def test_loss_and_gradient(heads):
     model, exact = heads
     lora = init_lora(model, r=2, targets=["q_proj", "down_proj"], key=jax.random.key(0))

@@ -72,7 +72,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize(
     ("setting", "family"),
-    tiered(product(SETTINGS, ["llama", "llama_tied", "gemma3"]), [("everything", "gemma3")]),
+    tiered(product(SETTINGS, ["llama", "llama_tied", "gemma3"]), [("everything", "llama_tied")]),
 )
 def test_gradients_of_every_kind_of_adapter(setting, family, tmp_path):
     settings = SETTINGS[setting] | {"targets": FEW}
@@ -153,7 +153,7 @@ def test_golden_training(tmp_path):
             np.testing.assert_allclose(params[name][half], pair[half], atol=FINAL_ADAPTER_ATOL)
 
 
-@pytest.mark.parametrize("family", tiered(FAMILIES, ["llama"]))
+@pytest.mark.parametrize("family", tiered(FAMILIES, ["gemma3"]))
 def test_perplexity(family):
     resident, disk = both(golden_folder("models") / family)
     windows = np.asarray(batch(resident, rows=5)["input_ids"])

@@ -11,7 +11,7 @@ from qlora_jax.workflows.header import adapted, header, millions
 from qlora_jax.workflows.training import open_run
 from tests.tiers import tiered
 from tests.tolerances import NEW_ADAPTER_ATOL
-from tests.workflows.runs import assert_same, quiet, trainer
+from tests.workflows.runs import FEW, assert_same, quiet, trainer
 
 KINDS = {
     "dora": {"use_dora": True},
@@ -19,7 +19,6 @@ KINDS = {
     "embed_tokens": {"modules_to_save": ["embed_tokens"]},
     "all": {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head"]},
 }
-FEW = ["q_proj", "down_proj"]  # each target is compiled
 
 
 @pytest.mark.parametrize("kind", tiered(KINDS, ["all"]))

@@ -20,14 +20,13 @@ from qlora_jax.workflows.convert import quantize_checkpoint
 from qlora_jax.workflows.from_disk import open_from_disk
 from qlora_jax.workflows.open import open_source
 from tests.reliability import clean
-from tests.tiers import tiered
-from tests.workflows.runs import assert_same_run, trainer, write_rows
+from tests.workflows.runs import FEW, assert_same_run, trainer, write_rows
 
 pytestmark = pytest.mark.fully_compiled
 
 RUN = {
     **{"max_steps": 4, "save_steps": 1, "gradient_checkpointing": "full", "save_total_limit": None},
-    "target_modules": ["q_proj", "down_proj"],  # each is compiled
+    "target_modules": FEW,
 }
 DISK = RUN | {"stream_weights": "disk"}
 
@@ -41,12 +40,10 @@ def home_4bit(home, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    tiered(
-        [{"val_size": 0.3, "eval_steps": 2}, {"lora_dropout": 0.3}, {"use_dora": True}],
-        [{"val_size": 0.3, "eval_steps": 2}],
-    ),
+    [{"val_size": 0.3, "eval_steps": 2}, {"lora_dropout": 0.3}, {"use_dora": True}],
 )
 def test_a_run_is_the_same(home_4bit, tmp_path, extra):
     trainer(home_4bit, tmp_path / "resident", **RUN, **extra).fit()

@@ -8,9 +8,8 @@ from qlora_jax.checkpoints.orbax_io import load_with_metadata
 from qlora_jax.errors import ConfigMismatch, InputError, Locked, StorageError
 from qlora_jax.workflows.signals import Stopped
 from tests.tiers import slow, tiered
-from tests.workflows.runs import assert_same_run, rows_of, stop_behind, trainer
+from tests.workflows.runs import FEW, assert_same_run, rows_of, stop_behind, trainer
 
-FEW = ["q_proj", "down_proj"]  # each target is compiled
 # Packed, the rows make fewer batches an epoch than there are rows, unpacked 9; 1 or 3 batches a
 # step, and steps that cross the end of an epoch. One stop is at that end itself.
 PACKED = {"packing": True}
@@ -108,7 +107,7 @@ def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first,
 
 
 def test_dropout_drops(home, tmp_path):
-    settings = {"max_steps": 3}
+    settings = {"max_steps": 3, "target_modules": FEW}
     trainer(home, tmp_path / "without", **settings).fit()
     trainer(home, tmp_path / "with", lora_dropout=0.3, **settings).fit()
     # B begins as zero, so the first loss is the same; what comes after is not.

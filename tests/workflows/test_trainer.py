@@ -22,6 +22,7 @@ from qlora_jax.workflows.signals import Stopped
 from qlora_jax.workflows.trainer import BAD_STEPS, Trainer
 from qlora_jax.workflows.training import open_run
 from tests.workflows.runs import (
+    FEW,
     SETTINGS,
     TEXTS,
     assert_same,
@@ -101,8 +102,9 @@ def test_what_was_given_stays_as_it_was(home, tmp_path, opened):
 
 @pytest.mark.fully_compiled
 def test_host_memory_gives_the_same_numbers(home, tmp_path):
-    device = trainer(home, tmp_path / "device", max_steps=3, optim_memory="device").fit()
-    host = trainer(home, tmp_path / "host", max_steps=3, optim_memory="host").fit()
+    settings = {"max_steps": 3, "target_modules": FEW}
+    device = trainer(home, tmp_path / "device", optim_memory="device", **settings).fit()
+    host = trainer(home, tmp_path / "host", optim_memory="host", **settings).fit()
     assert_same(device.lora.params, host.lora.params)
     assert device.metrics[0]["host_bytes_moved"] == 0
     # There and back: two moments, and the count of the only page.
@@ -339,9 +341,10 @@ def test_what_cannot_begin_is_refused(tmp_path, opened, batches):
 
 
 @pytest.mark.fully_compiled
+@pytest.mark.slow
 def test_rows_of_one_sequence_need_no_segment_ids(home, tmp_path, monkeypatch):
     """Padding stands last and attention is causal: the same steps, bit for bit."""
-    settings = {"max_steps": 3, "save_steps": 3, "packing": False, "target_modules": ["q_proj"]}
+    settings = {"max_steps": 3, "save_steps": 3, "packing": False, "target_modules": FEW}
     plain = trainer(home, tmp_path / "without", **settings)
     assert "segment_ids" not in plain.batches.inputs(next(plain.batches.groups(0, 0))[0])
     plain.fit()
@@ -355,6 +358,7 @@ def test_the_header_says_how_attention_is_computed(home, tmp_path):
     assert lines[-1].startswith("attention  chunked (not cudnn: the default device is a cpu")
 
 
-def test_packed_rows_keep_their_segment_ids(home, tmp_path):
-    batches = trainer(home, tmp_path / "run").batches
-    assert "segment_ids" in batches.inputs(next(batches.groups(0, 0))[0])
+@pytest.mark.parametrize("packing", [True, False])
+def test_only_packed_rows_keep_their_segment_ids(home, tmp_path, packing):
+    batches = trainer(home, tmp_path / "run", packing=packing).batches
+    assert ("segment_ids" in batches.inputs(next(batches.groups(0, 0))[0])) == packing
