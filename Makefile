@@ -1,5 +1,5 @@
 # make demo              fine-tune a real 135M model on this machine, about five minutes
-# make test              lint, and the tests that show every promise once, in 15 minutes
+# make test              lint, and the tests that show every promise once, in 13 minutes
 # make test-all          every test that needs no GPU
 # make test-reliability  thousands of damaged files alone, and their results
 # make test-oldest       the kernels' tests on the oldest jax that we take

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-FILE_BUDGET = 150.0  # seconds that a file of the quick tier may take; the aim is 30
+FILE_BUDGET = 75.0  # seconds that a file of the quick tier may take; the aim is 30
 SHOWN = 10
 TICKS = os.sysconf("SC_CLK_TCK")
 

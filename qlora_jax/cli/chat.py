@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         )
     adapters = {n: load_adapter(p, model, any_base=args.any_base) for n, p in paths.items()}
     fast = for_decoding(model, args.decode_weights)
-    say(f"base {choice.reason}; weights {fast.reason}; /help lists the commands")
+    say(f"base {choice.reason}; weights {fast.reason}; compiling (once); /help lists the commands")
     options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
     options |= {"cache_dtype": args.cache_dtype}
     chat = Chat(fast, tokenizer, adapters, options, args.seed, args.system)

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     fast = for_decoding(model, args.decode_weights, args.max_new_tokens)
     chat = not args.raw and bool(tokenizer.chat_template)
     told = "" if args.raw or chat else "; no chat template: the prompt is taken as it is"
-    print(f"base {choice.reason}; weights {fast.reason}{told}", file=sys.stderr)
+    print(f"base {choice.reason}; weights {fast.reason}{told}; compiling (once)", file=sys.stderr)
     pieces = stream_batch(
         fast,
         tokenizer,

@@ -72,7 +72,7 @@ def test_nan_names_the_row_and_a_stopped_row_is_not_looked_at():
 KINDS = {
     "none": None,
     "lora": {},
-    "dora": {"use_dora": True},
+    "dora": {"use_dora": True, "targets": ["q_proj", "down_proj"]},  # each is compiled
     "head": {"modules_to_save": ["lm_head"]},
 }
 

@@ -110,7 +110,7 @@ SETTINGS = {
     "dropout": ("full", {"dropout": 0.3}),
     "DoRA": ("full", {"use_dora": True}),
     "embeddings and head in full": ("offload", IN_FULL),
-    "DoRA, embeddings and head in full": ("offload", {"use_dora": True, **IN_FULL}),
+    "DoRA, embeddings and head in full": ("offload", {"use_dora": True, **IN_FULL, "targets": FEW}),
 }
 
 
@@ -126,7 +126,7 @@ def test_gradients_of_every_kind_of_adapter(setting, family, stream_weights):
     remat, settings = SETTINGS[setting]
     how = QuantizationConfig()
     resident, streamed = opened(family, "off", how), opened(family, stream_weights, how)
-    spec, params = adapter(resident, targets=FEW, **settings)
+    spec, params = adapter(resident, **settings)
     key = jax.random.key(7) if "dropout" in settings else None
     found = [
         gradients(params, model, batch(model), spec=spec, remat=remat, dropout_key=key)

@@ -12,6 +12,7 @@ from qlora_jax.adapters.init import init_lora
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.data.load import load_dataset
 from qlora_jax.errors import DoesNotFit, InputError, NonFinite
+from qlora_jax.evaluation.perplexity import batch_loss
 from qlora_jax.models import Decoder
 from qlora_jax.optim import paged
 from qlora_jax.placement import HOST
@@ -285,7 +286,8 @@ def test_a_transform_of_the_users_own(home, tmp_path, opened):
         changes = {"max_steps": 3, **more.pop("changes", {})}
         config = settings(tmp_path / name, **changes)
         own = optax.sgd(1.0, momentum=0.9)
-        return Trainer(model, adapter(model), data, config, optimizer=own, say=quiet, **more).fit()
+        lora = init_lora(model, r=4, alpha=8, targets=FEW, key=jax.random.key(0))
+        return Trainer(model, lora, data, config, optimizer=own, say=quiet, **more).fit()
 
     resident = run("resident")
     assert any(np.any(pair["B"]) for pair in resident.lora.params.values())
@@ -338,6 +340,17 @@ def test_what_cannot_begin_is_refused(tmp_path, opened, batches):
         start(good, max_steps=1, eval_steps=5)
     with pytest.raises(InputError, match="no batch in a whole epoch"):
         start([], max_steps=1).fit()
+
+
+@pytest.mark.fully_compiled
+def test_padding_behind_a_row_changes_no_loss(home, tmp_path):
+    run = trainer(home, tmp_path / "run", packing=False)
+    batch = next(run.batches.groups(0, 0))[0]
+    assert (batch["segment_ids"] == 0).any()
+    bare = run.batches.inputs(batch)
+    assert batch.keys() - bare.keys() == {"segment_ids"}
+    losses = [batch_loss({}, run.model, inputs)[0] for inputs in (batch, bare)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.fully_compiled
