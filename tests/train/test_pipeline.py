@@ -157,7 +157,8 @@ def test_golden_training(tmp_path):
 def test_perplexity(family):
     resident, disk = both(golden_folder("models") / family)
     windows = np.asarray(batch(resident, rows=5)["input_ids"])
-    assert perplexity(resident, windows) == perplexity(disk, windows)
+    expected = perplexity(resident, windows)
+    assert [perplexity(model, windows) for model in (disk, layerwise(resident))] == [expected] * 2
 
 
 def test_a_second_step_compiles_nothing_and_depth_adds_no_program():
