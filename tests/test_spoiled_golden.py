@@ -78,7 +78,7 @@ class Reports(list):
 
 @pytest.mark.parametrize(("file", "key", "test"), tiered(ARRAYS, FIRST.values()))
 def test_a_spoiled_array_makes_its_test_fail(monkeypatch, file, key, test):
-    """Within this process, whose programs are compiled already, as they are compiled."""
+    """Within this process, which has compiled most of the programs already."""
     if not (GOLDEN / file).exists():
         pytest.skip(f"QLORA_GOLDEN has no {file}")
     read, reports = golden_data.read_arrays, Reports()
