@@ -9,7 +9,6 @@ A file's own keys drive the test, so new data is a new test, and data that nothi
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -133,14 +132,12 @@ def chosen(which: Chosen, key: str) -> bool:
     return which(key) if callable(which) else key in which
 
 
-def spoil(source: Path, target: Path, file: str, key: str) -> None:
-    """Copies the golden folder `source` to `target` with one value of one array of `file` changed.
+def spoil(path: Path, key: str) -> None:
+    """Changes one value of one array of a file.
 
     The first value is the one that changes, by more than any tolerance: floats by 1 plus a tenth,
     integers in one bit.
     """
-    shutil.copytree(source, target)
-    path = target / file
     arrays = read_arrays(path)
     arrays[key] = changed(arrays[key])
     if path.suffix == ".npz":

@@ -30,10 +30,10 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_a_spoiled_array_fails(folder, tmp_path, file, key):
-    spoil(folder, tmp_path / "spoiled", file, key)
+def test_a_spoiled_array_fails(folder, file, key):
     truth = read_arrays(folder / file)
-    with GoldenFile(tmp_path / "spoiled" / file) as golden:
+    spoil(folder / file, key)
+    with GoldenFile(folder / file) as golden:
         for name in golden.outputs():
             if name == key:
                 with pytest.raises(AssertionError, match=key):

@@ -6,6 +6,7 @@ a row; that every array of a file is looked at, GoldenFile itself sees to.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,19 +98,23 @@ def test_a_spoiled_array_makes_its_test_fail(monkeypatch, file, key, test):
     assert "AssertionError" in str(report.longrepr)
 
 
-@pytest.mark.parametrize(("file", "key", "test"), [row for row in SPOILED if row not in ARRAYS])
-def test_a_spoiled_file_makes_its_test_fail(tmp_path, file, key, test):
-    """In a process of its own, whose golden folder has a file with another value."""
-    if not (GOLDEN / file).exists():
-        pytest.skip(f"QLORA_GOLDEN has no {file}")
-    spoil(GOLDEN, tmp_path / "golden", file, key)
+def test_spoiled_files_make_their_tests_fail(tmp_path):
+    """In a process of its own, whose golden folder has files with another value."""
+    rows = [row for row in SPOILED if row not in ARRAYS and (GOLDEN / row[0]).exists()]
+    if not rows:
+        pytest.skip("QLORA_GOLDEN has none of the files")
+    golden = shutil.copytree(GOLDEN, tmp_path / "golden")
+    for file, key, _ in rows:
+        spoil(golden / file, key)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", test],
-        env={**os.environ, "QLORA_GOLDEN": str(tmp_path / "golden")},
+        [sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider"]
+        + [test for _, _, test in rows],
+        env={**os.environ, "QLORA_GOLDEN": str(golden)},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     # 1: collected, run, failed; any other code is an accident that proves nothing.
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"^\S+:\d+: AssertionError", done.stdout, re.MULTILINE), done.stdout
+    assert f"{len(rows)} failed in" in done.stdout, done.stdout
+    assert len(re.findall(r"^\S+:\d+: AssertionError", done.stdout, re.MULTILINE)) == len(rows)

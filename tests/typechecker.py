@@ -1,8 +1,9 @@
-"""Checks the shapes and dtypes in signatures while the tests run: beartype, with one exception.
+"""Checks the shapes and dtypes in signatures while the tests run: beartype, with two exceptions.
 
 pyproject.toml names `checked` for pytest's --jaxtyping-packages; conftest.py imports it.
 """
 
+import functools
 from collections.abc import Callable
 
 from beartype import BeartypeConf, beartype
@@ -15,5 +16,10 @@ def checked(function: Callable) -> Callable:
 
     jax.tree.unflatten builds pytrees with placeholders, and with batched or traced leaves, in the
     fields: whoever unpacks one in a function with a signature checks its leaves there.
+
+    The check is built at the first call: most tests call few of the functions that they import.
     """
-    return function if function.__name__ == "__init__" else beartype(function, conf=CONFIG)
+    if function.__name__ == "__init__":
+        return function
+    check = functools.cache(lambda: beartype(function, conf=CONFIG))
+    return functools.wraps(function)(lambda *args, **kwargs: check()(*args, **kwargs))

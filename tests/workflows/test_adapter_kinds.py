@@ -25,7 +25,7 @@ KINDS = {
 def test_it_learns_is_saved_and_loaded(home, tmp_path, opened, kind):
     model, _ = opened
     begin = init_lora(model, r=4, alpha=8, targets=FEW, key=jax.random.key(0), **KINDS[kind])
-    run = trainer(home, tmp_path / "run", max_steps=15, target_modules=FEW, **KINDS[kind]).fit()
+    run = trainer(home, tmp_path / "run", max_steps=15, **KINDS[kind]).fit()
     losses = [row["loss"] for row in run.metrics]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     loaded = load_adapter(tmp_path / "run", model)
@@ -56,7 +56,7 @@ def test_the_header_counts_all_that_is_trained(home, tmp_path, opened):
 
 
 def test_a_run_goes_on_from_an_adapter_of_any_kind(home, tmp_path):
-    settings = {"max_steps": 2, "target_modules": FEW, **KINDS["all"]}
+    settings = {"max_steps": 2, **KINDS["all"]}
     first = trainer(home, tmp_path / "first", **settings).fit()
     own = {"adapter": tmp_path / "first", "dtype": "float32", "max_seq_length": 64}
     paths = {"model": home / "model", "dataset": home / "train.jsonl"}

@@ -146,7 +146,7 @@ def test_a_new_adapter_on_what_pissa_left_is_refused(home, tmp_path):
 
 @pytest.mark.parametrize(("stream", "init"), [("off", "loftq"), ("on", "loftq_niter_2")])
 def test_init_loftq_in_a_run_is_the_quantized_folders(home, tmp_path, stream, init):
-    settings = {"lora_r": 4, "lora_alpha": 8, "use_rslora": True}
+    settings = {"use_rslora": True, "target_modules": "all-linear"}
     run = runs.trainer(home, tmp_path / "run", init=init, stream_weights=stream, **settings)
     quantize_closer(home / "model", tmp_path / "out", Closer(init), r=4, alpha=8, use_rslora=True)
     written = load_adapter(tmp_path / "out" / "adapter", run.model)

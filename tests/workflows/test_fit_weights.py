@@ -25,7 +25,7 @@ def moved(base, seed: int, **settings) -> Adapter:
     """A small adapter whose B is not zero."""
     fresh = init_lora(base, alpha=8, key=jax.random.key(seed), **settings)
     params = {
-        name: {**pair, "B": jax.random.normal(jax.random.key(seed), pair["B"].shape) / 8}
+        name: {**pair, "B": jax.random.normal(jax.random.key(seed), pair["B"].shape) / 4}
         for name, pair in fresh.params.items()
     }
     return Adapter(params, fresh.spec)
@@ -33,7 +33,7 @@ def moved(base, seed: int, **settings) -> Adapter:
 
 @pytest.fixture(scope="module")
 def adapters(base):
-    return {"a": moved(base, 1, r=4), "b": moved(base, 2, r=2, targets=["q_proj", "down_proj"])}
+    return {"a": moved(base, 1, r=4, targets=["q_proj", "up_proj"]), "b": moved(base, 2, r=2, targets=["q_proj", "down_proj"])}
 
 
 TRUTH = {"a": 0.8, "b": 0.4}

@@ -24,6 +24,7 @@ from tests.trained import trained
 from tests.workflows import runs
 
 IDS = np.arange(3, 51, dtype=np.int32).reshape(2, 24)
+UPPER = ["up_proj", "down_proj"]
 BATCH = {"input_ids": IDS, "labels": IDS}
 
 
@@ -79,7 +80,7 @@ def sequence(home, base, below, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence")
     save_adapter(folder / "a", below, base)
     settings = {"max_steps": 3, "frozen_adapters": [str(folder / "a")], "save_steps": 2}
-    run = runs.trainer(home, folder / "b", **settings)
+    run = runs.trainer(home, folder / "b", target_modules=UPPER, **settings)
     return folder, run, run.fit()
 
 
@@ -103,7 +104,7 @@ def test_the_lower_adapter_stays_and_the_upper_learns(sequence, home, base, belo
 def test_the_plan_counts_what_lies_below(sequence, home, below):
     """Before the model is loaded, from the folder; and of a model that is there."""
     folder, run, _ = sequence
-    alone = runs.trainer(home, folder / "alone", max_steps=1)
+    alone = runs.trainer(home, folder / "alone", target_modules=UPPER, max_steps=1)
     early = planned(run.config)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(one_scale(below)))
     for plan in (run.plan, early):
@@ -157,9 +158,9 @@ def test_compose_makes_the_adapter_that_equals_both(sequence, home, base, below,
 
 def test_a_resumed_run_knows_what_it_was_on_top_of(sequence, home, base, tmp_path):
     folder, _, done = sequence
-    settings = {"max_steps": 2, "frozen_adapters": [str(folder / "a")], "save_steps": 2}
-    runs.trainer(home, tmp_path / "b", **settings).fit()
-    again = runs.trainer(home, tmp_path / "b", **settings | {"max_steps": 3}).fit(resume="auto")
+    settings = {"frozen_adapters": [str(folder / "a")], "target_modules": UPPER, "save_steps": 2}
+    runs.trainer(home, tmp_path / "b", **settings, max_steps=2).fit()
+    again = runs.trainer(home, tmp_path / "b", **settings, max_steps=3).fit(resume="auto")
     for name, pair in done.lora.params.items():
         np.testing.assert_array_equal(again.lora.params[name]["B"], pair["B"])
 

@@ -8,7 +8,7 @@ from qlora_jax.checkpoints.orbax_io import load_with_metadata
 from qlora_jax.errors import ConfigMismatch, InputError, Locked, StorageError
 from qlora_jax.workflows.signals import Stopped
 from tests.tiers import slow, tiered
-from tests.workflows.runs import FEW, assert_same_run, rows_of, stop_behind, trainer
+from tests.workflows.runs import assert_same_run, rows_of, stop_behind, trainer
 
 # Packed, the rows make fewer batches an epoch than there are rows, unpacked 9; 1 or 3 batches a
 # step, and steps that cross the end of an epoch. One stop is at that end itself.
@@ -38,7 +38,6 @@ def test_stopped_and_resumed_is_never_stopped(home, tmp_path, packing, accumulat
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.3,
         "lora_dropout": 0.3,
-        "target_modules": FEW,
     }
     whole = trainer(home, tmp_path / "whole", **settings)
     edge = whole.batches.steps_per_epoch
@@ -95,7 +94,6 @@ def test_resume_is_exact_with(home, tmp_path, extra):
 )
 def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first, optim, rank):
     settings = {"max_steps": 5, "save_steps": 5, "optim": optim, "lora_r": rank}
-    settings["target_modules"] = FEW
     trainer(home, tmp_path / "whole", optim_memory=first, **settings).fit()
     stopped = trainer(home, tmp_path / "parts", optim_memory=first, **settings)
     stop_behind(stopped, 3)
@@ -107,7 +105,7 @@ def test_a_run_goes_on_with_its_state_in_the_other_memory(home, tmp_path, first,
 
 
 def test_dropout_drops(home, tmp_path):
-    settings = {"max_steps": 3, "target_modules": FEW}
+    settings = {"max_steps": 3}
     trainer(home, tmp_path / "without", **settings).fit()
     trainer(home, tmp_path / "with", lora_dropout=0.3, **settings).fit()
     # B begins as zero, so the first loss is the same; what comes after is not.
@@ -132,7 +130,7 @@ def stopped(home, tmp_path_factory):
     [
         ({"lora_alpha": 16}, "lora_alpha 8 -> 16"),
         ({"learning_rate": 5e-3}, "learning_rate 0.01 -> 0.005"),
-        ({"target_modules": ["q_proj"]}, r"target_modules 'all-linear' -> \['q_proj'\]"),
+        ({"target_modules": ["q_proj"]}, r"'down_proj'\] -> \['q_proj'\]"),
         ({"packing": False}, "packing True -> False"),
         ({"max_seq_length": 63}, "max_seq_length 64 -> 63"),
         ({"shuffle_seed": 1}, "shuffle_seed 42 -> 1"),

@@ -13,7 +13,7 @@ from qlora_jax import process
 from qlora_jax.errors import DoesNotFit
 from qlora_jax.workflows import room, trainer, training
 from tests.tiers import tiered
-from tests.workflows.runs import FEW, assert_same_run, batches_of, config, rows_of
+from tests.workflows.runs import assert_same_run, batches_of, config, rows_of
 from tests.workflows.runs import trainer as opened
 
 ENOUGH = 8_000_000_000
@@ -139,7 +139,7 @@ def test_the_largest_batch_runs_before_the_first_step(home, tmp_path):
 
 
 def test_it_changes_nothing(home, tmp_path, monkeypatch):
-    settings = {"max_steps": 3, "save_steps": 3, "lora_dropout": 0.3, "target_modules": FEW}
+    settings = {"max_steps": 3, "save_steps": 3, "lora_dropout": 0.3}
     opened(home, tmp_path / "one", **settings).fit()
     monkeypatch.setattr(trainer.Trainer, "make_room", lambda self, state, batch: None)
     other = opened(home, tmp_path / "two", **settings)
@@ -164,13 +164,12 @@ def test_a_larger_batch_that_comes_later_runs_once_more(home, tmp_path):
     assert len(rows_of(tmp_path / "run")) == 3
 
 
-@pytest.mark.fully_compiled
 @pytest.mark.parametrize(
     ("stream_weights", "policy"),
     tiered(product(["on", "all"], ["full", "offload"]), [("on", "offload")]),
 )
 def test_a_run_with_weights_in_host_memory(home, tmp_path, stream_weights, policy):
-    settings = {"max_steps": 3, "save_steps": 3, "target_modules": FEW}
+    settings = {"max_steps": 3, "save_steps": 3}
     opened(home, tmp_path / "one", gradient_checkpointing="full", **settings).fit()
     run = opened(
         home,
