@@ -26,9 +26,6 @@ from tests.models.test_streaming import FAMILIES, adapter, assert_equal, batch
 from tests.tiers import tiered
 from tests.tolerances import FINAL_ADAPTER_ATOL, TRAINING_LOSS_RTOL
 
-pytestmark = pytest.mark.fully_compiled
-
-
 def both(path, dtype: str = "float32", quantization=None) -> tuple[Decoder, LayerwiseDecoder]:
     """The model in `path`, in memory and with its layers on disk."""
     with open_source(path) as source:
@@ -43,6 +40,7 @@ def in_4bit(name: str, folder, **how):
 
 
 @pytest.mark.slow
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize("remat", ["full", "offload"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family(family, remat):
@@ -70,6 +68,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize(
     ("setting", "family"),
     tiered(product(SETTINGS, ["llama", "llama_tied", "gemma3"]), [("everything", "llama_tied")]),
@@ -96,6 +95,7 @@ STORED = {
 
 
 @pytest.mark.slow
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", STORED)
 def test_every_way_to_be_stored(stored, dtype, tmp_path):
@@ -107,6 +107,7 @@ def test_every_way_to_be_stored(stored, dtype, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fully_compiled
 def test_a_batch_without_positions_and_segments():
     resident, disk = both(golden_folder("models/qwen3"))
     spec, params = adapter(resident)
@@ -136,6 +137,7 @@ def trained(model: Decoder | LayerwiseDecoder, gradients, golden: GoldenFile):
 
 
 @pytest.mark.slow
+@pytest.mark.fully_compiled
 def test_golden_training(tmp_path):
     resident, disk = both(in_4bit("training/base", tmp_path / "4-bit"))
     path = golden_folder("training") / "trajectory.npz"
@@ -153,6 +155,7 @@ def test_golden_training(tmp_path):
             np.testing.assert_allclose(params[name][half], pair[half], atol=FINAL_ADAPTER_ATOL)
 
 
+@pytest.mark.fully_compiled
 @pytest.mark.parametrize("family", tiered(FAMILIES, ["gemma3"]))
 def test_perplexity(family):
     resident, disk = both(golden_folder("models") / family)

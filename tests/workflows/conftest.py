@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_jax.workflows import recorder
 from qlora_jax.workflows.open import load
 from tests.tiny_model import write_tiny_model
 from tests.workflows.runs import write_rows
@@ -19,3 +20,14 @@ def home(tmp_path_factory):
 def opened(home):
     """(model, tokenizer), 4-bit and float32."""
     return load(home / "model", dtype="float32")
+
+
+@pytest.fixture
+def loss_is_plotted():
+    """For a test that looks at loss.png, whose drawing is a quarter of a second of a run."""
+
+
+@pytest.fixture(autouse=True)
+def loss_is_not_plotted(request, monkeypatch):
+    if "loss_is_plotted" not in request.fixturenames:
+        monkeypatch.setattr(recorder, "plot_loss", lambda *rows, **how: None)

@@ -66,6 +66,7 @@ def test_the_loss_falls(home, tmp_path):
     assert run.summary["skipped_steps"] == 0
 
 
+@pytest.mark.usefixtures("loss_is_plotted")
 def test_the_folder_is_an_adapter_with_all_that_was_promised(home, tmp_path, opened):
     out = tmp_path / "run"
     run = trainer(home, out, max_steps=2, save_steps=2, val_size=0.3, eval_steps=1).fit()
@@ -266,9 +267,9 @@ def test_early_stopping_and_the_best_adapter(home, tmp_path, opened):
 
 
 def test_best_is_the_best_and_not_the_last(home, tmp_path):
-    # So large a rate that the loss goes up after the first step.
+    # So large a rate that the loss goes up again.
     run = trainer(
-        home, tmp_path / "run", max_steps=2, eval_steps=1, val_size=0.3, learning_rate=10.0
+        home, tmp_path / "run", max_steps=5, eval_steps=1, val_size=0.3, learning_rate=1.0
     ).fit()
     losses = [row["eval_loss"] for row in run.metrics if "eval_loss" in row]
     assert min(losses) < losses[-1], "choose a larger learning rate"
