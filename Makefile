@@ -29,8 +29,10 @@ demo: setup
 	@$(BIN)/python -m qlora_jax.workflows.demo
 
 # Two processes on two cores; a process takes up to 3 GB. `make test WORKERS=4` for more.
+# Bytecode is kept, or every command that a test starts would compile the package again.
 WORKERS := 2
-PYTEST := $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal
+PYTEST := env -u PYTHONDONTWRITEBYTECODE \
+  $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal
 
 test: lint
 	@$(PYTEST)

@@ -21,6 +21,7 @@ from qlora_jax.weight_names import LAYERS, is_streamed
 from tests.golden_data import golden_folder
 from tests.random_arrays import normals_like
 from tests.tiers import tiered
+from tests.tiny_model import FEW
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 FAMILIES = sorted(path.name for path in golden_folder("models").iterdir() if path.is_dir())
@@ -85,9 +86,6 @@ def test_gradients_of_every_family(family, remat):
     ]
     assert float(jnp.abs(found[0].grads["mlp.down_proj"]["A"]).max()) > 0
     assert_equal(*found)
-
-
-FEW = ("q_proj", "o_proj", "down_proj")  # each target is compiled
 
 
 @pytest.mark.parametrize(

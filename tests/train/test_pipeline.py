@@ -24,7 +24,9 @@ from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import GoldenFile, golden_folder
 from tests.models.test_streaming import FAMILIES, adapter, assert_equal, batch
 from tests.tiers import tiered
+from tests.tiny_model import FEW
 from tests.tolerances import FINAL_ADAPTER_ATOL, TRAINING_LOSS_RTOL
+
 
 def both(path, dtype: str = "float32", quantization=None) -> tuple[Decoder, LayerwiseDecoder]:
     """The model in `path`, in memory and with its layers on disk."""
@@ -53,7 +55,6 @@ def test_gradients_of_every_family(family, remat):
         assert_equal(expected, found)
 
 
-FEW = ("q_proj", "down_proj")  # each target is compiled
 SETTINGS = {
     "4-bit": {},
     "dropout": {"dropout": 0.3},

@@ -28,6 +28,8 @@ def loss_is_plotted():
 
 
 @pytest.fixture(autouse=True)
-def loss_is_not_plotted(request, monkeypatch):
-    if "loss_is_plotted" not in request.fixturenames:
-        monkeypatch.setattr(recorder, "plot_loss", lambda *rows, **how: None)
+def loss_is_not_plotted(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if "loss_is_plotted" not in request.fixturenames:
+            patch.setattr(recorder, "plot_loss", lambda *rows, **how: None)
+        yield

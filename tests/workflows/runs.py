@@ -14,6 +14,7 @@ from qlora_jax.data.load import load_dataset
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.trainer import Trainer
 from qlora_jax.workflows.training import open_run
+from tests.tiny_model import FEW
 
 TEXTS = (
     "to be, or not to be, that is the question:",
@@ -28,7 +29,6 @@ TEXTS = (
 )
 # No two runs agree on these.
 CLOCK = ("tokens_per_second", "step_time", "peak_memory_bytes", "host_seconds_moved")
-FEW = ["q_proj", "down_proj"]  # each target is compiled
 SETTINGS = {
     "dtype": "float32",
     "lora_r": 4,

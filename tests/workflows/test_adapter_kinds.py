@@ -10,8 +10,9 @@ from qlora_jax.workflows.adapter_folder import load_adapter
 from qlora_jax.workflows.header import adapted, header, millions
 from qlora_jax.workflows.training import open_run
 from tests.tiers import tiered
+from tests.tiny_model import FEW
 from tests.tolerances import NEW_ADAPTER_ATOL
-from tests.workflows.runs import FEW, assert_same, quiet, trainer
+from tests.workflows.runs import assert_same, quiet, trainer
 
 KINDS = {
     "dora": {"use_dora": True},
@@ -21,7 +22,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", tiered(KINDS, ["all"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_is_saved_and_loaded(home, tmp_path, opened, kind):
     model, _ = opened
     begin = init_lora(model, r=4, alpha=8, targets=FEW, key=jax.random.key(0), **KINDS[kind])

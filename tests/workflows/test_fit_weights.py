@@ -33,7 +33,10 @@ def moved(base, seed: int, **settings) -> Adapter:
 
 @pytest.fixture(scope="module")
 def adapters(base):
-    return {"a": moved(base, 1, r=4, targets=["q_proj", "up_proj"]), "b": moved(base, 2, r=2, targets=["q_proj", "down_proj"])}
+    return {
+        "a": moved(base, 1, r=4, targets=["q_proj", "up_proj"]),
+        "b": moved(base, 2, r=2, targets=["q_proj", "down_proj"]),
+    }
 
 
 TRUTH = {"a": 0.8, "b": 0.4}

@@ -37,7 +37,7 @@ def lora(base):
     ("family", "settings"),
     tiered(
         [("llama", {}), ("llama_tied", {}), ("llama_tied", ALL), ("gemma2", ALL)],
-        [("gemma2", ALL)],
+        [("llama_tied", ALL)],
     ),
     ids=lambda value: value if isinstance(value, str) else "all" if value else "plain",
 )

@@ -148,6 +148,7 @@ def test_it_changes_nothing(home, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "one", tmp_path / "two", 3)
 
 
+@pytest.mark.slow
 def test_a_larger_batch_that_comes_later_runs_once_more(home, tmp_path):
     run = opened(home, tmp_path / "run", max_steps=3, packing=False)
     batches = [run.batches.data.batch([row], 1) for row in range(9)]

@@ -22,8 +22,8 @@ from qlora_jax.workflows.header import header
 from qlora_jax.workflows.signals import Stopped
 from qlora_jax.workflows.trainer import BAD_STEPS, Trainer
 from qlora_jax.workflows.training import open_run
+from tests.tiny_model import FEW
 from tests.workflows.runs import (
-    FEW,
     SETTINGS,
     TEXTS,
     assert_same,
