@@ -15,6 +15,7 @@ from qlora_jax.data.chat import render_chat
 from qlora_jax.data.template import RENDERER, Renderer
 from qlora_jax.errors import InputError
 from tests.data.chats import CHATS, TEMPLATES, USER, chat_tokenizer
+from tests.tiers import slow
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_injections_are_refused(tokenizer, template, tmp_path, monkeypatch):
         ("CHAT-MEMORY", "{{ 'a'.ljust(10**12) }}"),
         ("CHAT-MEMORY", "{{ '%1000000000d' % 1 }}"),
         ("CHAT-TIME", "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2),
-        ("CHAT-TIME", "{{ 7 ** (10 ** 8) % 10 }}"),
+        slow(("CHAT-TIME", "{{ 7 ** (10 ** 8) % 10 }}")),
     ],
 )
 def test_bad_templates_are_bounded_and_named(tokenizer, code, template):

@@ -66,7 +66,7 @@ def test_nan_names_the_row_and_a_stopped_row_is_not_looked_at():
     weights["model.embed_tokens.weight"] = table.at[3].set(jnp.nan)
     spoiled = Decoder.from_weights(MODEL.config, weights, "float32")
     with pytest.raises(NonFinite, match="new token 1 of row 1: the model's logits"):
-        rows(spoiled, prompts=[[7], [3]])
+        rows(spoiled, prompts=[[7], [3], *PROMPTS[2:]])
 
 
 KINDS = {
@@ -97,9 +97,9 @@ def test_dense_weights_give_the_tokens_of_packed_ones(kind):
 
 def test_another_adapter_of_the_same_shape_compiles_nothing():
     fast = for_decoding(MODEL, "dense")
-    first = rows(fast, adapter=drawn(4))
+    first = rows(fast, adapter=drawn(4, **KINDS["dora"]))
     compiled = advance._cache_size()
-    assert rows(fast, adapter=drawn(5)) != first
+    assert rows(fast, adapter=drawn(5, **KINDS["dora"])) != first
     assert advance._cache_size() == compiled
 
 
@@ -129,9 +129,9 @@ def test_text_of_several_prompts():
     assert list(stream_batch(MODEL, TOKENIZER, prompts, **options)) == pieces
     assert ["".join(t for row, t in pieces if row == i) for i in range(3)] == alone
     warm = {"temperature": 1.5, **options}
-    texts = generate(MODEL, TOKENIZER, ["a", "a"], seed=[4, 9], **warm)
-    assert texts == [generate(MODEL, TOKENIZER, "a", seed=seed, **warm) for seed in (4, 9)]
-    assert generate(MODEL, TOKENIZER, ["a", "a"], seed=8, **warm)[1] == texts[1]
+    texts = generate(MODEL, TOKENIZER, ["a"] * 3, seed=[4, 9, 10], **warm)
+    assert texts == [generate(MODEL, TOKENIZER, "a", seed=seed, **warm) for seed in (4, 9, 10)]
+    assert generate(MODEL, TOKENIZER, ["a"] * 3, seed=8, **warm)[1] == texts[1]
 
 
 def test_chats_in_a_batch():

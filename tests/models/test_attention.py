@@ -77,7 +77,7 @@ def test_each_form_equals_autodiff(monkeypatch, by_products, packed, length):
     ("packed", "window", "traced"),
     tiered(
         product([False, True], [1, 3, 8, 40], [False, True]),
-        [(False, 1, False), (True, 3, True), (False, 8, True), (True, 8, False), (False, 40, True)],
+        [(False, 1, False), (True, 3, True), (True, 8, False)],
     ),
 )
 def test_windows_and_soft_caps_equal_autodiff(monkeypatch, packed, window, traced):

@@ -42,13 +42,13 @@ def test_golden_model(name):
 
 
 def continued(model: Decoder, prompt: np.ndarray, length: int) -> np.ndarray:
-    """Greedy decoding with a cache: the prompt in one call, then token by token."""
+    """Greedy decoding with a cache: token by token, those of the prompt too."""
     cache = KVCache.create(model.config, len(prompt), length, "float32")
-    tokens, new = prompt, prompt
-    while tokens.shape[1] < length:
-        logits, cache = model(new.astype(np.int32), cache=cache)
-        new = np.asarray(logits[:, -1].argmax(-1))[:, None]
-        tokens = np.concatenate([tokens, new], axis=1)
+    tokens = prompt
+    for at in range(length - 1):
+        logits, cache = model(tokens[:, at : at + 1].astype(np.int32), cache=cache)
+        if at + 1 == tokens.shape[1]:
+            tokens = np.concatenate([tokens, logits[:, -1:].argmax(-1)], axis=1)
     return tokens
 
 

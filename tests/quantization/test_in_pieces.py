@@ -1,5 +1,7 @@
 """A matrix quantized piece by piece has the bits of one that is quantized at once."""
 
+from itertools import product
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from qlora_jax.quantization import in_pieces
 from qlora_jax.quantization.in_pieces import quantize_in_pieces
 from qlora_jax.quantization.tensor import quantize
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.fully_compiled
 
@@ -23,13 +26,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
+NF4, *OTHERS = [("nf4", 64, True), ("fp4", 4096, True), ("int4", 32, False)]
+
+
 @pytest.mark.parametrize(
-    ("kind", "block_size", "double_quant"),
-    [("nf4", 64, True), ("fp4", 4096, True), ("int4", 32, False)],
+    ("case", "how"),
+    tiered(product(CASES, [NF4, *OTHERS]), [*product(CASES, [NF4]), *product(CASES[4:5], OTHERS)]),
 )
-def test_has_the_bits_of_quantize(monkeypatch, shape, dtype, kind, block_size, double_quant):
+def test_has_the_bits_of_quantize(monkeypatch, case, how):
     monkeypatch.setattr(in_pieces, "PIECE", (2, 4096))
+    (shape, dtype), (kind, block_size, double_quant) = case, how
     w = np.random.default_rng(0).normal(size=shape).astype(ml_dtypes.bfloat16).astype(dtype)
     how = {"kind": kind, "block_size": block_size, "double_quant": double_quant}
     expected, found = quantize(w, **how), quantize_in_pieces(w, **how)

@@ -1,5 +1,7 @@
 """A QuantizedTensor is its codes and scales, stacks, and passes through JAX's transformations."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.dequantize.api import dequantize_4bit
 from pallas_kernels.quantize.api import DoubleQuantized, double_quantize, quantize_4bit
 from qlora_jax.quantization.tensor import QuantizedTensor, quantize, stack
+from tests.tiers import tiered
 from tests.tolerances import SCAN_RTOL
 
 pytestmark = pytest.mark.fully_compiled
@@ -35,9 +38,13 @@ def assert_equal(a: QuantizedTensor, b: QuantizedTensor):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("shape", [BY_ROWS, FLAT])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "double"),
+    tiered(
+        product([BY_ROWS, FLAT], ["float32", "bfloat16", "float16"], [False, True]),
+        [(BY_ROWS, "bfloat16", True), (FLAT, "float32", False)],
+    ),
+)
 def test_quantize_is_the_kernels_and_keeps_what_they_need(shape, dtype, double):
     w = weights(shape, dtype)
     tensor = quantize(w, kind="fp4", block_size=32, double_quant=double)
@@ -60,9 +67,13 @@ def test_from_the_device_as_from_the_host():
     np.testing.assert_array_equal(on_host.dequantize(), quantize(w).dequantize())
 
 
-@pytest.mark.parametrize("shape", [BY_ROWS, FLAT])
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "double", "host"),
+    tiered(
+        product([BY_ROWS, FLAT], [False, True], [False, True]),
+        [(BY_ROWS, True, False), (FLAT, False, True)],
+    ),
+)
 def test_a_stack_is_its_layers(shape, double, host):
     layers = [quantize(weights(shape, seed=i), double_quant=double) for i in range(3)]
     if host:
@@ -109,9 +120,13 @@ def test_flattening_and_layouts_lose_nothing(seed, kind, shape, double):
     np.testing.assert_array_equal(halves.dequantize(), tensor.dequantize())
 
 
-@pytest.mark.parametrize("shape", [BY_ROWS, FLAT])
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("layout", ["bnb", "halves"])
+@pytest.mark.parametrize(
+    ("shape", "double", "layout"),
+    tiered(
+        product([BY_ROWS, FLAT], [False, True], ["bnb", "halves"]),
+        [(BY_ROWS, True, "halves"), (FLAT, False, "bnb")],
+    ),
+)
 def test_passes_through_jit_scan_checkpoint_and_grad(shape, double, layout):
     layers = [quantize(weights(shape, seed=i), double_quant=double) for i in range(3)]
     stacked = stack(layers).prepack(layout)

@@ -17,6 +17,7 @@ from qlora_jax.data.template_worker import MAX_MEMORY, MAX_OUTPUT, MAX_SECONDS
 from qlora_jax.errors import InputError
 from tests.data.chats import CHATS, TEMPLATES
 from tests.data.test_template import INJECTIONS
+from tests.tiers import tiered
 
 RULE = "R25"
 OWN_SECONDS = 1.0  # of CPU time for Python to start, twice
@@ -72,7 +73,7 @@ class Watch:
         self.thread.join()
 
 
-@pytest.mark.parametrize("name", SPENDERS)
+@pytest.mark.parametrize("name", tiered(SPENDERS, ["doubling", "joined", "sorting"]))
 def test_what_spends_is_stopped(name, record_property):
     spent = children_seconds()
     renderer = Renderer()
