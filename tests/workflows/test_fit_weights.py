@@ -122,10 +122,10 @@ def test_nothing_is_recompiled(base, adapters, text, found):
 
 def test_weights_are_not_negative_unless_they_may_be(base, adapters, text):
     params = {name: {**pair, "B": -pair["B"]} for name, pair in adapters["a"].params.items()}
-    turned = {"turned": Adapter(params, adapters["a"].spec)}
-    free = fit_weights(base, turned, text, free=True).weights["turned"]
+    turned = {**adapters, "a": Adapter(params, adapters["a"].spec)}
+    free = fit_weights(base, turned, text, free=True).weights["a"]
     assert abs(free + TRUTH["a"]) < FITTED_WEIGHT_ATOL
-    assert fit_weights(base, turned, text).weights["turned"] == 0
+    assert fit_weights(base, turned, text).weights["a"] == 0
 
 
 def test_a_weight_for_each_layer(base, adapters, text, found):
