@@ -1,4 +1,4 @@
-"""Checks the shapes and dtypes in signatures while the tests run: beartype, with two exceptions.
+"""Checks the shapes and dtypes in signatures while the tests run: beartype, with one exception.
 
 pyproject.toml names `checked` for pytest's --jaxtyping-packages; conftest.py imports it.
 """
