@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.golden_data import golden_folder
 
-FEW = ["q_proj", "down_proj"]  # targets of adapters in tests: each is compiled
+FEW_TARGETS = ["q_proj", "down_proj"]  # for adapters in tests: each target is compiled
 SPECIAL = ["<pad>", "<s>", "</s>"]  # ids 0, 1, 2, as its config.json says
 NEVER = {"À", "Á", "ÿ"}  # stand for bytes that UTF-8 does not use: 253 + 3 fill the 256 rows
 TEMPLATE = (

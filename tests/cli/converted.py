@@ -13,7 +13,7 @@ from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.convert import parameters, quantize_checkpoint
 from qlora_jax.workflows.open import load
 from tests.golden_data import golden_folder
-from tests.tiny_model import FEW, write_tiny_model
+from tests.tiny_model import FEW_TARGETS, write_tiny_model
 
 
 def filled(fresh: Adapter) -> Adapter:
@@ -36,7 +36,7 @@ def write_home(folder: Path) -> Path:
     shutil.copytree(golden_folder("models/llama"), folder / "bare")
     quantize_checkpoint(folder / "model", folder / "model-4bit")
     model, tokenizer = load(folder / "model-4bit", quantization=None)
-    lora = filled(init_lora(model, r=4, alpha=8, targets=FEW, key=jax.random.key(0)))
+    lora = filled(init_lora(model, r=4, alpha=8, targets=FEW_TARGETS, key=jax.random.key(0)))
     save_adapter(folder / "run", lora, model, tokenizer, base_model_name="model")
     save_orbax(folder / "orbax-run", lora)
     save_orbax(

@@ -17,7 +17,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.workflows.adapter_folder import save_adapter
 from qlora_jax.workflows.open import load
 from tests.random_arrays import normals_like
-from tests.tiny_model import FEW, write_tiny_model
+from tests.tiny_model import FEW_TARGETS, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def home(tmp_path_factory):
     write_tiny_model(folder / "model")
     model, tokenizer = load(folder / "model")
     for seed, name in enumerate(("law", "sql")):
-        adapter = init_lora(model, r=2 + seed, alpha=64, targets=FEW, key=jax.random.key(seed))
+        adapter = init_lora(
+            model, r=2 + seed, alpha=64, targets=FEW_TARGETS, key=jax.random.key(seed)
+        )
         save_adapter(folder / name, normals_like(adapter, seed, size=0.2), model, tokenizer)
     before = Path.cwd()
     os.chdir(folder)

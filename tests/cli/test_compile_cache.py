@@ -76,7 +76,7 @@ def test_a_second_command_compiles_nothing_and_an_import_sets_nothing(tmp_path):
     model = write_tiny_model(tmp_path / "model")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), SHORTEST: "0", "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they take half as long to compile
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles in half the time
 
     def run(*arguments: str) -> str:
         return subprocess.run(

@@ -13,7 +13,7 @@ from qlora_jax.evaluation.perplexity import batch_loss
 from qlora_jax.models import Decoder
 from tests.data.small_tokenizer import byte_level
 from tests.inference.tiny_model import tiny_model
-from tests.tiny_model import FEW
+from tests.tiny_model import FEW_TARGETS
 from tests.tolerances import MEAN_NLL_RTOL
 
 MODEL = tiny_model()
@@ -38,7 +38,7 @@ def test_the_mean_over_all_targets_of_windows(batch_size):
 
 
 def test_an_adapter_is_used():
-    adapter = init_lora(MODEL, r=2, alpha=8.0, targets=FEW, key=jax.random.key(0))
+    adapter = init_lora(MODEL, r=2, alpha=8.0, targets=FEW_TARGETS, key=jax.random.key(0))
     adapter = jax.tree.map(lambda leaf: leaf + 0.3, adapter)
     expected = np.mean([nll_by_hand(MODEL, ids, adapter) for ids in WINDOWS])
     result = perplexity(MODEL, WINDOWS, adapter=adapter)

@@ -17,6 +17,7 @@ from tests.adapters.test_stack import drawn
 from tests.data.small_tokenizer import byte_level
 from tests.inference.tiny_model import tiny_model
 from tests.tiers import tiered
+from tests.tiny_model import FEW_TARGETS
 
 MODEL, TOKENIZER = tiny_model(), byte_level()
 PROMPTS = [[7, 100, 42, 9, 201], [3], [*range(40)], [8, 8]]
@@ -72,7 +73,7 @@ def test_nan_names_the_row_and_a_stopped_row_is_not_looked_at():
 KINDS = {
     "none": None,
     "lora": {},
-    "dora": {"use_dora": True, "targets": ["q_proj", "down_proj"]},  # each is compiled
+    "dora": {"use_dora": True, "targets": FEW_TARGETS},
     "head": {"modules_to_save": ["lm_head"]},
 }
 

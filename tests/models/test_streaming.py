@@ -21,7 +21,7 @@ from qlora_jax.weight_names import LAYERS, is_streamed
 from tests.golden_data import golden_folder
 from tests.random_arrays import normals_like
 from tests.tiers import tiered
-from tests.tiny_model import FEW
+from tests.tiny_model import FEW_TARGETS
 from tests.tolerances import VJP_ATOL, VJP_RTOL
 
 FAMILIES = sorted(path.name for path in golden_folder("models").iterdir() if path.is_dir())
@@ -93,7 +93,7 @@ def test_gradients_of_every_family(family, remat):
 )
 def test_policies_agree(remat):
     model = opened("llama")
-    spec, params = adapter(model, targets=FEW)
+    spec, params = adapter(model, targets=FEW_TARGETS)
     kept, computed_again = (
         gradients(params, model, batch(model), spec=spec, remat=policy)
         for policy in ("none", remat)
@@ -108,7 +108,10 @@ SETTINGS = {
     "dropout": ("full", {"dropout": 0.3}),
     "DoRA": ("full", {"use_dora": True}),
     "embeddings and head in full": ("offload", IN_FULL),
-    "DoRA, embeddings and head in full": ("offload", {"use_dora": True, **IN_FULL, "targets": FEW}),
+    "DoRA, embeddings and head in full": (
+        "offload",
+        {"use_dora": True, **IN_FULL, "targets": FEW_TARGETS},
+    ),
 }
 
 

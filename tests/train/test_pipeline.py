@@ -24,7 +24,7 @@ from qlora_jax.workflows.open import load_model, open_source
 from tests.golden_data import GoldenFile, golden_folder
 from tests.models.test_streaming import FAMILIES, adapter, assert_equal, batch
 from tests.tiers import tiered
-from tests.tiny_model import FEW
+from tests.tiny_model import FEW_TARGETS
 from tests.tolerances import FINAL_ADAPTER_ATOL, TRAINING_LOSS_RTOL
 
 
@@ -75,7 +75,7 @@ SETTINGS = {
     tiered(product(SETTINGS, ["llama", "llama_tied", "gemma3"]), [("everything", "llama_tied")]),
 )
 def test_gradients_of_every_kind_of_adapter(setting, family, tmp_path):
-    settings = SETTINGS[setting] | {"targets": FEW}
+    settings = SETTINGS[setting] | {"targets": FEW_TARGETS}
     resident, disk = both(in_4bit(f"models/{family}", tmp_path / "4-bit"))
     spec, params = adapter(resident, **settings)
     key = jax.random.key(7) if "dropout" in settings else None
@@ -101,7 +101,7 @@ STORED = {
 @pytest.mark.parametrize("stored", STORED)
 def test_every_way_to_be_stored(stored, dtype, tmp_path):
     resident, disk = both(in_4bit("models/llama", tmp_path / "4-bit", **STORED[stored]), dtype)
-    spec, params = adapter(resident, targets=FEW)
+    spec, params = adapter(resident, targets=FEW_TARGETS)
     expected = step.gradients(params, resident, batch(resident), spec=spec, remat="full")
     assert_equal(expected, pipeline.gradients(params, disk, batch(resident), spec=spec))
     assert fingerprint(disk) == fingerprint(resident)
@@ -168,7 +168,7 @@ def test_perplexity(family):
 def test_a_second_step_compiles_nothing_and_depth_adds_no_program():
     programs = []
     model = layerwise(deeper(both(golden_folder("models/llama"))[0], 7))
-    spec, params = adapter(model, targets=FEW)
+    spec, params = adapter(model, targets=FEW_TARGETS)
     params, before = to_device(params), pipeline.programs()
     for rows in (batch(model), batch(model), batch(model)):
         sums = pipeline.gradients(params, model, rows, spec=spec)

@@ -14,7 +14,7 @@ from qlora_jax.data.load import load_dataset
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.workflows.trainer import Trainer
 from qlora_jax.workflows.training import open_run
-from tests.tiny_model import FEW
+from tests.tiny_model import FEW_TARGETS
 
 TEXTS = (
     "to be, or not to be, that is the question:",
@@ -33,7 +33,7 @@ SETTINGS = {
     "dtype": "float32",
     "lora_r": 4,
     "lora_alpha": 8,
-    "target_modules": FEW,
+    "target_modules": FEW_TARGETS,
     "max_seq_length": 64,
     "learning_rate": 1e-2,
     "logging_steps": 1,

@@ -10,7 +10,7 @@ from qlora_jax.workflows.adapter_folder import load_adapter
 from qlora_jax.workflows.header import adapted, header, millions
 from qlora_jax.workflows.training import open_run
 from tests.tiers import tiered
-from tests.tiny_model import FEW
+from tests.tiny_model import FEW_TARGETS
 from tests.tolerances import NEW_ADAPTER_ATOL
 from tests.workflows.runs import assert_same, quiet, trainer
 
@@ -26,7 +26,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_is_saved_and_loaded(home, tmp_path, opened, kind):
     model, _ = opened
-    begin = init_lora(model, r=4, alpha=8, targets=FEW, key=jax.random.key(0), **KINDS[kind])
+    begin = init_lora(
+        model, r=4, alpha=8, targets=FEW_TARGETS, key=jax.random.key(0), **KINDS[kind]
+    )
     run = trainer(home, tmp_path / "run", max_steps=15, **KINDS[kind]).fit()
     losses = [row["loss"] for row in run.metrics]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])

@@ -130,7 +130,10 @@ def stopped(home, tmp_path_factory):
     [
         ({"lora_alpha": 16}, "lora_alpha 8 -> 16"),
         ({"learning_rate": 5e-3}, "learning_rate 0.01 -> 0.005"),
-        ({"target_modules": ["q_proj"]}, r"'down_proj'\] -> \['q_proj'\]"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"target_modules \['q_proj', 'down_proj'\] -> \['q_proj'\]",
+        ),
         ({"packing": False}, "packing True -> False"),
         ({"max_seq_length": 63}, "max_seq_length 64 -> 63"),
         ({"shuffle_seed": 1}, "shuffle_seed 42 -> 1"),

@@ -22,7 +22,7 @@ from qlora_jax.workflows.header import header
 from qlora_jax.workflows.signals import Stopped
 from qlora_jax.workflows.trainer import BAD_STEPS, Trainer
 from qlora_jax.workflows.training import open_run
-from tests.tiny_model import FEW
+from tests.tiny_model import FEW_TARGETS
 from tests.workflows.runs import (
     SETTINGS,
     TEXTS,
@@ -53,7 +53,7 @@ def settings(out, **changes) -> TrainConfig:
 
 
 def adapter(model: Decoder):
-    return init_lora(model, r=4, alpha=8, targets=FEW, key=jax.random.key(0))
+    return init_lora(model, r=4, alpha=8, targets=FEW_TARGETS, key=jax.random.key(0))
 
 
 def test_the_loss_falls(home, tmp_path):
